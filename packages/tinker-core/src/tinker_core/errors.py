@@ -1,0 +1,177 @@
+"""Every error the system raises on purpose: one base, one class per cause.
+
+An error has a ``category``: ``"user"`` means the caller can fix it by changing the request, ``"server"`` means that they
+cannot.  The message says what to do.  Errors know nothing of HTTP; ``tinker_server.errors`` maps them to status codes.
+Errors cross process borders as `tinker_core.types.RequestError`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+Category = Literal["user", "server"]
+
+
+class TinkerError(Exception):
+    """Base of all deliberate errors."""
+
+    category: ClassVar[Category] = "server"
+
+
+class UserError(TinkerError):
+    """Base of the errors that the caller can fix."""
+
+    category: ClassVar[Category] = "user"
+
+
+# --- things that do not exist -----------------------------------------------------------------------------------------
+
+
+class UnknownSessionError(UserError, LookupError):
+    """A session id that this server never issued."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(f"unknown session {session_id!r}; create one with create_session")
+
+
+class SessionFinishedError(UserError):
+    """New work for a session that its client has finished."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(f"session {session_id!r} is finished; create a new session for new work")
+
+
+class UnknownModelError(UserError, LookupError):
+    """A model id that does not exist, or whose session is finished."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(f"unknown model {model_id!r}; create it with create_model, or load it from a saved checkpoint")
+
+
+class UnknownBaseModelError(UserError, LookupError):
+    """A base model that this server does not serve."""
+
+    def __init__(self, base_model: str, served: tuple[str, ...]) -> None:
+        known = ", ".join(repr(name) for name in served) or "none"
+        super().__init__(f"unknown base model {base_model!r}; this server serves {known}")
+
+
+class UnknownRequestError(UserError, LookupError):
+    """A request id that was never issued, or whose result was dropped after its retention time."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"unknown request {request_id!r}; it was never issued, or its result is no longer kept")
+
+
+class UnknownSamplerError(UserError, LookupError):
+    """A sampling session id that does not exist."""
+
+    def __init__(self, sampling_session_id: str) -> None:
+        super().__init__(f"unknown sampling session {sampling_session_id!r}; create one with create_sampling_session")
+
+
+class UnknownCheckpointError(UserError, LookupError):
+    """A tinker path that names no saved checkpoint."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"no checkpoint {path!r}; list the saved ones with list_user_checkpoints")
+
+
+# --- requests that cannot be served -----------------------------------------------------------------------------------
+
+
+class InvalidRequestError(UserError, ValueError):
+    """A field with a value outside what it allows; the message names the field and the allowed values."""
+
+
+class InvalidDatumError(InvalidRequestError):
+    """A datum whose tensors are missing, of the wrong length, type or value; names the datum and the field."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        self.index = index
+        self.reason = reason
+        super().__init__(f"data[{index}]: {reason}")
+
+    def __reduce__(self) -> tuple[type[InvalidDatumError], tuple[int, str]]:
+        return type(self), (self.index, self.reason)
+
+
+class UnknownLossError(InvalidRequestError):
+    """A loss that no installed plugin registers."""
+
+    def __init__(self, loss_fn: str, known: tuple[str, ...]) -> None:
+        super().__init__(f"unknown loss_fn {loss_fn!r}; known losses: {', '.join(known)}")
+
+
+class InvalidLossConfigError(InvalidRequestError):
+    """A loss_fn_config with a missing, unknown or mistyped key; names the key."""
+
+
+class InvalidLoraConfigError(InvalidRequestError):
+    """A LoRA configuration that cannot be built; names the field and its limits."""
+
+
+class InvalidTinkerPathError(InvalidRequestError):
+    """A string that is not ``tinker://<run>/<kind>/<name>``."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        super().__init__(f"malformed tinker path {path!r}: {reason}")
+
+    def __reduce__(self) -> tuple[type[InvalidTinkerPathError], tuple[str, str]]:
+        return type(self), (self.path, self.reason)
+
+
+class UnsupportedFeatureError(InvalidRequestError):
+    """A feature of the API that this server, trainer or sampler does not offer; names the alternative where one exists."""
+
+
+class CheckpointExistsError(InvalidRequestError):
+    """A second save under one name without ``overwrite``."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"checkpoint {path!r} exists; choose another name, or pass overwrite=True")
+
+
+class CheckpointMismatchError(InvalidRequestError):
+    """A checkpoint that does not fit the model it is loaded into."""
+
+
+class CapacityError(UserError):
+    """A limit of this server is reached; names the limit and the flag that raises it."""
+
+
+class SkippedSequenceError(UserError):
+    """A request whose seq_id had already been passed over."""
+
+    def __init__(self, model_id: str, seq_id: int) -> None:
+        super().__init__(
+            f"request seq_id={seq_id} of model {model_id!r} arrived after later requests had already run; send it again"
+        )
+
+
+# --- failures of a computation or a process ---------------------------------------------------------------------------
+
+
+class NonFiniteError(UserError, ArithmeticError):
+    """A loss or gradient that is NaN or infinite; the request committed nothing."""
+
+
+class WorkerLostError(TinkerError):
+    """A worker process of a base model died; its models and requests are gone."""
+
+
+class StorageError(TinkerError):
+    """A checkpoint could not be written, read or removed; the message carries the cause."""
+
+
+# --- set-up -----------------------------------------------------------------------------------------------------------
+
+
+class ConfigurationError(TinkerError):
+    """A setting that cannot work; raised at start, names the setting and the fix."""
+
+
+class PluginError(ConfigurationError):
+    """A plugin that cannot be used: unknown, claimed twice, or with a hook that does not exist."""

@@ -1,0 +1,1 @@
+"""Ways to start, talk to and watch the worker processes of a base model."""

@@ -1,0 +1,83 @@
+"""Control records: what the control database keeps about sessions, runs, checkpoints and samplers. Never a request body."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import attrs
+
+from tinker_core.types.enums import CheckpointType
+from tinker_core.types.params import LoraConfig, OptimizerConfig
+from tinker_core.types.paths import TinkerPath
+from tinker_core.types.requests import JsonObject
+
+LOCAL_OWNER = "local"
+"""Owner of everything on a server without API keys."""
+
+
+@attrs.frozen(kw_only=True)
+class SessionRecord:
+    """A client's session. All datetimes are aware and in UTC."""
+
+    session_id: str
+    created_at: datetime
+    owner: str = LOCAL_OWNER
+    project_id: str | None = None
+    tags: tuple[str, ...] = ()
+    user_metadata: JsonObject | None = None
+    sdk_version: str = ""
+    display_name: str | None = None
+    finished_at: datetime | None = None
+    finish_reason: str | None = None
+    finish_detail: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class TrainingRunRecord:
+    """A model that was created; its id is the training run's id."""
+
+    model_id: str
+    session_id: str
+    base_model: str
+    lora_config: LoraConfig
+    optimizer_config: OptimizerConfig
+    created_at: datetime
+    last_request_at: datetime
+    owner: str = LOCAL_OWNER
+    project_id: str | None = None
+    user_metadata: JsonObject | None = None
+
+
+@attrs.frozen(kw_only=True)
+class CheckpointRecord:
+    """A saved checkpoint; its files lie where the checkpoint store puts this path."""
+
+    path: TinkerPath
+    base_model: str
+    lora_config: LoraConfig
+    optimizer_config: OptimizerConfig
+    created_at: datetime
+    size_bytes: int
+    request_id: str
+    """The save request that wrote it."""
+    owner: str = LOCAL_OWNER
+    project_id: str | None = None
+    user_metadata: JsonObject | None = None
+    expires_at: datetime | None = None
+    public: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class SamplerRecord:
+    """A sampling session and the weights it serves."""
+
+    sampling_session_id: str
+    session_id: str
+    base_model: str
+    created_at: datetime
+    model_path: str | None = None
+    """The tinker path that the client named, if it named one."""
+    revision: str | None = None
+    """The immutable weights it serves; None is the bare base model."""
+    owner: str = LOCAL_OWNER
+    project_id: str | None = None
