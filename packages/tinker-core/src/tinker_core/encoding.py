@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import types
 from enum import Enum
+from functools import partial
 from typing import Any, Union, get_args, get_origin
 
 import attrs
@@ -51,7 +53,7 @@ def make_converter() -> cattrs.Converter:
     """A converter for every record in `tinker_core.types`; values are never coerced from one type to another."""
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=False)
     for scalar in (bool, int, float, str):
-        converter.register_structure_hook(scalar, _exact(scalar))
+        converter.register_structure_hook_func(partial(operator.is_, scalar), _exact(scalar))
     converter.register_structure_hook_func(_is_enum, lambda value, cls: cls(value))
     converter.register_structure_hook_func(lambda cls: cls is object, lambda value, _: value)
     converter.register_structure_hook_func(_is_scalar_union, lambda value, _: value)

@@ -1,6 +1,6 @@
 """Every error the system raises on purpose: one base, one class per cause.
 
-An error has a ``category``: ``"user"`` means the caller can fix it by changing the request, ``"server"`` means that they
+An error has a ``category``: ``"user"`` means that the caller can fix it by changing the request, ``"server"`` that they
 cannot.  The message says what to do.  Errors know nothing of HTTP; ``tinker_server.errors`` maps them to status codes.
 Errors cross process borders as `tinker_core.types.RequestError`.
 """
@@ -124,7 +124,7 @@ class InvalidTinkerPathError(InvalidRequestError):
 
 
 class UnsupportedFeatureError(InvalidRequestError):
-    """A feature of the API that this server, trainer or sampler does not offer; names the alternative where one exists."""
+    """A feature of the API that this server, trainer or sampler does not offer; names the alternative if any."""
 
 
 class CheckpointExistsError(InvalidRequestError):
@@ -163,7 +163,7 @@ class WorkerLostError(TinkerError):
 
 
 class StorageError(TinkerError):
-    """A checkpoint could not be written, read or removed; the message carries the cause."""
+    """A checkpoint or a control record could not be written, read or removed; the message carries the cause."""
 
 
 # --- set-up -----------------------------------------------------------------------------------------------------------

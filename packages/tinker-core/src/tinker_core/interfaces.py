@@ -110,8 +110,8 @@ class ModelHandle(Protocol):
 class Trainer(Protocol):
     """Owns the state of all models on one base model, in one rank.
 
-    State is opaque to the engine.  A method that takes several requests answers each with a result *or* an error; only a
-    broken world (a dead peer, a device fault) may raise from them.
+    State is opaque to the engine.  A method that takes several requests answers each with a result *or* an error; only
+    a broken world (a dead peer, a device fault) may raise from them.
     """
 
     def capabilities(self) -> TrainerCapabilities:
@@ -124,7 +124,7 @@ class Trainer(Protocol):
         """
 
     def forward_backward(self, batch: PreparedModelPassBatch) -> Generator[None, None, tuple[ModelPassResult, ...]]:
-        """Run a pass over data of several models; yields after each micro-pass, returns one result per request in order.
+        """Run a pass over data of several models: yields after each micro-pass, returns a result per request in order.
 
         Losses are plain sums.  Atomic per model: the gradient is added to what a model has accumulated only after the
         whole pass succeeded.  A pass that raises leaves every row bit-identical and is retried one request at a time; a
@@ -183,6 +183,9 @@ class RankSampler(Protocol):
 
 class Sampler(Protocol):
     """What the engine samples with: a sampler of its own, or the rank samplers of a worker group behind one door."""
+
+    async def start(self) -> None:
+        """Become ready to serve; raises when that cannot be."""
 
     def capabilities(self) -> SamplerCapabilities:
         """What this sampler offers; valid once it has started."""
@@ -280,8 +283,8 @@ class LossPlugin:
     soft_targets: bool = False
     """Whether ``[T, K]`` targets are allowed."""
     per_token: bool = True
-    """Whether the loss is a sum of terms that each depend on one target cell only; it may then be computed in chunks
-    that never hold more than one chunk of logits. False: it sees the whole datum at once, at one more matrix product."""
+    """Whether the loss is a sum of terms that each depend on one target cell only; it may then be computed chunk by
+    chunk together with the logits. False: it sees the whole datum at once, at the price of one more matrix product."""
 
 
 class FlatOptimizer(Protocol):
@@ -324,7 +327,7 @@ class TrainerParts:
 class WorkerGroup(Protocol):
     """The worker processes of one base model, seen from the engine."""
 
-    async def call(self, method: str, payload: object = None) -> Any:  # noqa: ANN401 - typed per method in executors.protocol
+    async def call(self, method: str, payload: object = None) -> Any:  # noqa: ANN401 - typed per method
         """Run one command in every rank and return rank 0's answer; see `tinker_core.executors.protocol.METHODS`.
 
         Raises the command's own error, or `WorkerLostError` when a process died.

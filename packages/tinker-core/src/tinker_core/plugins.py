@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
 from typing import Any, TypeVar
 
 import attrs
@@ -50,12 +53,18 @@ class Plugins:
     def load(cls, *names: str) -> Plugins:
         """Load installed plugins by entry-point name; ``"*"`` loads all, nothing loads none.
 
-        Raises `PluginError` for a name that is not installed, claimed by two distributions, or fails to import.
+        A name with a dot is a module to import, for plugins that are not installed (tests, notebooks).  Raises
+        `PluginError` for a name that is not installed, claimed by two distributions, or fails to import.
         """
         plugins = cls()
         found = _entry_points()
-        wanted = sorted(found) if ALL in names else list(dict.fromkeys(names))
+        wanted = dict.fromkeys((*sorted(found), *names) if ALL in names else names)
         for name in wanted:
+            if name == ALL:
+                continue
+            if "." in name:
+                plugins.register(_import(name), name)
+                continue
             if name not in found:
                 known = ", ".join(sorted(found)) or "none"
                 raise PluginError(f"plugin {name!r} is not installed; installed plugins: {known}")
@@ -143,16 +152,24 @@ class Plugins:
         found: dict[str, _P] = {}
         owners: dict[str, PluginInfo] = {}
         for info, call in self._implementations(hook):
-
-            def register(item: _P, info: PluginInfo = info) -> None:
-                if item.name in owners:
-                    both = " and ".join(sorted((owners[item.name].distribution, info.distribution)))
-                    raise PluginError(f"{noun} {item.name!r} is registered by {both}; uninstall one of them")
-                owners[item.name] = info
-                found[item.name] = item
-
+            register = partial(_claim, found, owners, info, noun)
             call(register=register)
         return found
+
+
+def _claim(found: dict[str, _P], owners: dict[str, PluginInfo], info: PluginInfo, noun: str, item: _P) -> None:
+    if item.name in owners:
+        both = " and ".join(sorted((owners[item.name].distribution, info.distribution)))
+        raise PluginError(f"{noun} {item.name!r} is registered by {both}; uninstall one of them")
+    owners[item.name] = info
+    found[item.name] = item
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise PluginError(f"plugin module {name!r} cannot be imported: {error}") from error
 
 
 def _entry_points() -> dict[str, list[importlib.metadata.EntryPoint]]:
@@ -164,8 +181,3 @@ def _entry_points() -> dict[str, list[importlib.metadata.EntryPoint]]:
 
 def _distribution_of(point: importlib.metadata.EntryPoint) -> str:
     return point.dist.name if point.dist else "an unknown distribution"
-
-
-def names_of(items: Iterable[str]) -> str:
-    """Names for an error message, sorted and quoted."""
-    return ", ".join(repr(name) for name in sorted(items)) or "none"

@@ -56,9 +56,10 @@ class AdapterLayout:
         """A fresh float32 row on the CPU: A uniform in ±1/sqrt(in) as in PEFT, B zero; the same on every device."""
         row = torch.zeros(self.size, dtype=torch.float32)
         generator = torch.Generator().manual_seed(seed % 2**63)
+        views = self.views(row)
         for linear in self.linears:
             bound = 1.0 / math.sqrt(linear.in_features)
-            self.views(row)[linear.name][0].uniform_(-bound, bound, generator=generator)
+            views[linear.name][0].uniform_(-bound, bound, generator=generator)
         return row
 
 

@@ -48,7 +48,7 @@ class MultiLoraFunction(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]  # noqa: ANN401, D102
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401, D102
         flat, weight = ctx.saved_tensors
         grad_y = grad_y.reshape(-1, grad_y.shape[-1])
         grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
@@ -106,9 +106,9 @@ class MultiLoraLinear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         if torch.is_grad_enabled():
             tag = self.lora_context.tag
-            result: torch.Tensor = MultiLoraFunction.apply(
+            result: torch.Tensor = MultiLoraFunction.apply(  # type: ignore[no-untyped-call]
                 x, self.weight, self.bias, self.lora_name, segments, tag
-            )  # type: ignore[no-untyped-call]
+            )
             return result
         y = F.linear(x, self.weight, self.bias)
         add_lora(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.lora_name, segments)
@@ -123,6 +123,6 @@ def install_lora(model: nn.Module, targets: frozenset[str], context: LoraContext
         if type(module) is nn.Linear and name.rsplit(".", 1)[-1] in targets:
             module.__class__ = MultiLoraLinear
             module.lora_name = name
-            module.lora_context = context
+            module.lora_context = context  # type: ignore[assignment]
             specs.append(LinearSpec(name=name, in_features=module.in_features, out_features=module.out_features))
     return tuple(specs)

@@ -61,6 +61,7 @@ from tinker_core.types.records import (
 )
 from tinker_core.types.requests import (
     AcceptedRequest,
+    CreateCustomLossInput,
     CreateModelInput,
     CreateModelOutput,
     CreateSamplingSessionInput,
@@ -94,6 +95,7 @@ __all__ = [
     "CheckpointManifest",
     "CheckpointRecord",
     "CheckpointType",
+    "CreateCustomLossInput",
     "CreateModelInput",
     "CreateModelOutput",
     "CreateSamplingSessionInput",

@@ -16,6 +16,7 @@ class RequestType(StrEnum):
     SAVE_WEIGHTS_FOR_SAMPLER = "save_weights_for_sampler"
     LOAD_WEIGHTS = "load_weights"
     SAMPLE = "sample"
+    CREATE_CUSTOM_LOSS = "create_custom_loss"
 
 
 class CheckpointType(StrEnum):

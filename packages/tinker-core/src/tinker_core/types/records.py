@@ -1,4 +1,4 @@
-"""Control records: what the control database keeps about sessions, runs, checkpoints and samplers. Never a request body."""
+"""Control records: what the control database keeps of sessions, runs, checkpoints and samplers; no request body."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from datetime import datetime
 
 import attrs
 
-from tinker_core.types.enums import CheckpointType
 from tinker_core.types.params import LoraConfig, OptimizerConfig
 from tinker_core.types.paths import TinkerPath
 from tinker_core.types.requests import JsonObject

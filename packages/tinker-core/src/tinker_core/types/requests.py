@@ -233,6 +233,15 @@ class SampleOutput:
     prompt_cache_hit_tokens: int = 0
 
 
+@attrs.frozen(kw_only=True)
+class CreateCustomLossInput:
+    """Register a traced loss for a session (SDK flag ``custom_loss_server_side``)."""
+
+    session_id: str
+    custom_loss_seq_id: int
+    name: str
+
+
 # --- futures ----------------------------------------------------------------------------------------------------------
 
 EngineRequest = (
@@ -243,6 +252,7 @@ EngineRequest = (
     | SaveWeightsForSamplerInput
     | LoadWeightsInput
     | SampleInput
+    | CreateCustomLossInput
 )
 """Every request that is answered by a future."""
 

@@ -36,7 +36,9 @@ class TensorData:
         if any(size < 0 for size in self.shape):
             raise ValueError(f"shape {list(self.shape)} has a negative size")
         if self.data.dtype != _NUMPY_DTYPES[self.dtype] or self.data.ndim != 1:
-            raise ValueError(f"data must be a flat {self.dtype} array, got {self.data.dtype} with {self.data.ndim} axes")
+            raise ValueError(
+                f"data must be a flat {self.dtype} array, got {self.data.dtype} with {self.data.ndim} axes"
+            )
         if (self.crow_indices is None) != (self.col_indices is None):
             raise ValueError("a sparse tensor needs both crow_indices and col_indices")
         if self.crow_indices is None or self.col_indices is None:

@@ -1,0 +1,133 @@
+"""Checks that run in environments of their own. `nox -l` lists them; scripts/test.sh is the everyday test command."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+DIST = ROOT / "dist"
+CONSTRAINTS = ("--constraint", str(ROOT / "constraints.txt"))
+PACKAGES = {
+    "tinker-core": "tinker_core",
+    "tinker-backend-fsdp": "tinker_backend_fsdp",
+    "tinker-server": "tinker_server",
+}
+NEEDS_TORCH = ("tinker-backend-fsdp",)
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_external_run = True
+nox.options.sessions = ["lint", "core_tests", "isolated", "docs"]
+
+
+def install_torch(session: nox.Session) -> None:
+    """Install torch alone, so that pip may take a CPU wheel from a local folder where there is one."""
+    pin = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    session.install(pin)
+
+
+def install_all(session: nox.Session, *extra: str) -> None:
+    """Install torch, the server and further requirement files."""
+    install_torch(session)
+    for name in ("server", *extra):
+        session.install(*CONSTRAINTS, "--requirement", str(ROOT / "requirements" / f"{name}.txt"))
+
+
+def build_wheels(session: nox.Session) -> None:
+    """Build sdists and wheels of all packages into dist/."""
+    session.install(*CONSTRAINTS, "hatch")
+    shutil.rmtree(DIST, ignore_errors=True)
+    session.run("hatch", "build", "--all")
+    wheels = sorted(path.name.split("-")[0] for path in DIST.glob("*.whl"))
+    if wheels != sorted(PACKAGES.values()):
+        session.error(f"expected one wheel per package, found {wheels}")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff and mypy."""
+    install_all(session, "tests")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy", "packages")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run all tests that need no GPU; arguments go to pytest."""
+    install_all(session, "tests")
+    session.run("pytest", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+def core_tests(session: nox.Session) -> None:
+    """Test the torch-free part of tinker-core on every supported Python."""
+    session.install(*CONSTRAINTS, "./packages/tinker-core", "pytest", "pytest-timeout")
+    session.run("pytest", "tests/core", "tests/storage", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build sdists and wheels of all packages."""
+    build_wheels(session)
+
+
+@nox.session
+def isolated(session: nox.Session) -> None:
+    """Install each wheel alone, with only the dependencies that it declares, and import all of it."""
+    build_wheels(session)
+    for package, module in PACKAGES.items():
+        directory = Path(session.create_tmp()).resolve() / package
+        shutil.rmtree(directory, ignore_errors=True)
+        session.run("python", "-m", "venv", str(directory))
+        python = str(directory / "bin" / "python")
+        pip = (python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
+        if package in NEEDS_TORCH:
+            torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:7] == "torch==")
+            session.run(*pip, torch, external=True)
+        session.run(*pip, *CONSTRAINTS, "--find-links", str(DIST), package, external=True)
+        script = ROOT / "scripts" / "import_all.py"
+        with session.chdir(directory):
+            session.run(python, "-P", str(script), module, external=True)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Fail if the generated reference pages differ from the code."""
+    install_all(session, "tests")
+    session.run("python", "scripts/generate_reference.py", "--check")
+    session.run("pytest", "tests/docs")
+
+
+@nox.session(venv_backend="none")
+def quickstart(session: nox.Session) -> None:
+    """Run the README's first command."""
+    session.run("bash", "scripts/quickstart.sh", *session.posargs, external=True)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run the benchmarks on the CPU; each prints its ratio."""
+    install_all(session, "quickstart")
+    for script in sorted((ROOT / "benchmarks").glob("*.py")):
+        session.run("python", str(script), *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """Run the tests marked gpu, the quickstart and the benchmarks on one CUDA device.
+
+    The contract suites state their tolerances: those of the CPU in float32, wider ones in bfloat16.
+    """
+    session.run("python", "-c", "import torch; assert torch.cuda.is_available(), 'no CUDA device'", external=True)
+    session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs, external=True)
+    session.run("bash", "scripts/quickstart.sh", "--device", "cuda", external=True)
+    results = ROOT / "benchmarks" / "results"
+    results.mkdir(exist_ok=True)
+    for script in sorted((ROOT / "benchmarks").glob("*.py")):
+        with (results / f"{script.stem}-cuda.txt").open("w") as output:
+            session.run("python", str(script), "--device", "cuda", external=True, stdout=output, env=dict(os.environ))

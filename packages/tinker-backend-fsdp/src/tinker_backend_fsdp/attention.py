@@ -1,0 +1,122 @@
+"""Attention by plan: who may attend to whom is decided per pass, not by a mask.
+
+The Hugging Face model calls one attention function, registered here as ``"tinker"``; it hands queries, keys and values
+(after rotary embedding) to the pass's `AttentionPlan`.  The trainer packs sequences (`PackedPlan`); a sampler brings a
+plan with its own key-value cache.
+
+Shapes: H query heads, h key-value heads, T packed tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import nn
+from transformers import AttentionInterface
+
+ATTENTION_NAME = "tinker"
+"""The ``attn_implementation`` of every model this package loads."""
+
+
+class AttentionPlan(Protocol):
+    """How the tokens of one pass attend."""
+
+    def attend(
+        self,
+        layer_index: int,
+        q_1HTD: torch.Tensor,
+        k_1hTD: torch.Tensor,
+        v_1hTD: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Attention output ``[1, H, T, D]`` of one layer for the new tokens."""
+
+
+class PackedPlan:
+    """Causal attention inside each of several sequences that lie one after the other."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._lengths = list(lengths)
+        self._offsets: torch.Tensor | None = None
+
+    def attend(
+        self,
+        layer_index: int,
+        q_1HTD: torch.Tensor,
+        k_1hTD: torch.Tensor,
+        v_1hTD: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Attention of every token to itself and the earlier tokens of its own sequence."""
+        del layer_index
+        if q_1HTD.is_cuda and q_1HTD.dtype in (torch.bfloat16, torch.float16):
+            return self._variable_length(q_1HTD, k_1hTD, v_1hTD, scaling)
+        # The backward kernel of bfloat16 attention on CPUs is several times slower than the float32 one.
+        cast = q_1HTD.dtype is torch.bfloat16 and not q_1HTD.is_cuda
+        q, k, v = (x.float() if cast else x for x in (q_1HTD, k_1hTD, v_1hTD))
+        out = causal_attention(q, k, v, self._lengths, scaling)
+        return out.to(q_1HTD.dtype)
+
+    def _variable_length(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        if self._offsets is None:
+            ends = torch.tensor([0, *self._lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            self._offsets = ends.to(q.device)
+        longest = max(self._lengths)
+        out = varlen_attn(
+            q[0].transpose(0, 1),
+            k[0].transpose(0, 1),
+            v[0].transpose(0, 1),
+            self._offsets,
+            self._offsets,
+            longest,
+            longest,
+            scale=scaling,
+            window_size=(-1, 0),
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        if isinstance(out, tuple):
+            out = out[0]
+        return out.transpose(0, 1)[None]
+
+
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], scaling: float
+) -> torch.Tensor:
+    """Causal attention of each sequence alone; ``lengths`` sum to T. Takes and returns ``[1, heads, T, D]``."""
+    grouped = q.shape[1] != k.shape[1]
+    if len(lengths) == 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+    sizes = list(lengths)
+    parts = zip(*(torch.split(x, sizes, 2) for x in (q, k, v)), strict=True)
+    outs = [
+        F.scaled_dot_product_attention(a, b, c, is_causal=True, scale=scaling, enable_gqa=grouped) for a, b, c in parts
+    ]
+    return torch.cat(outs, 2)
+
+
+def _planned_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    plan: AttentionPlan,
+    scaling: float,
+    **_: Any,  # noqa: ANN401 - Hugging Face passes dropout and model-specific extras
+) -> tuple[torch.Tensor, None]:
+    del attention_mask
+    layer_index = module.layer_idx
+    assert isinstance(layer_index, int)
+    out = plan.attend(layer_index, query, key, value, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def register_attention() -> None:
+    """Make ``attn_implementation="tinker"`` known to Hugging Face transformers; may be called more than once."""
+    AttentionInterface.register(ATTENTION_NAME, _planned_attention)

@@ -1,0 +1,156 @@
+"""What a rank keeps of each model: rows. All ranks hold the same ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tinker_core.errors import CapacityError, CheckpointMismatchError, InvalidRequestError, UnknownModelError
+from tinker_core.interfaces import FlatOptimizer, OptimizerPlugin
+from tinker_core.training.adapters import AdapterLayout, AdapterWeights
+from tinker_core.training.peft_format import (
+    read_gradient,
+    read_manifest,
+    read_optimizer,
+    read_weights,
+    write_gradient,
+    write_manifest,
+    write_optimizer,
+    write_weights,
+)
+from tinker_core.training.targets import target_names
+from tinker_core.types import CheckpointManifest, CheckpointType, PreparedModel, PreparedOptimStep, SnapshotParts
+
+
+class ModelState:
+    """One model: its float32 row, accumulated gradient, optimizer, and the copy in compute type that passes read."""
+
+    def __init__(
+        self,
+        model: PreparedModel,
+        layout: AdapterLayout,
+        optimizer: OptimizerPlugin,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.layout = layout
+        self.gradient: torch.Tensor | None = None
+        """Float32 row; None while nothing is accumulated, which means zero."""
+        self._plugin = optimizer
+        self._dtype = dtype
+        self._device = device
+        self.optimizer: FlatOptimizer = optimizer.build(model.optimizer_config.settings)
+        assert model.lora_config.seed is not None
+        self.row = layout.initial_row(model.lora_config.seed).to(device)
+        self.weights = self._compute_copy()
+
+    def refresh(self) -> None:
+        """Renew the compute copy after the row has changed."""
+        self.weights = self._compute_copy()
+
+    def _compute_copy(self) -> AdapterWeights:
+        # In float32 this is the row itself: passes only read it, and never while it changes.
+        return AdapterWeights(self.layout, self.row.to(self._dtype))
+
+    def accumulate(self, gradient: torch.Tensor) -> None:
+        """Add a pass's gradient; takes ownership of the row."""
+        if self.gradient is None:
+            self.gradient = gradient
+        else:
+            self.gradient += gradient
+
+    def step(self, step: PreparedOptimStep) -> dict[str, float]:
+        """Apply and clear the accumulated gradient; without one the gradient is zero. Raises `UserError`."""
+        gradient = torch.zeros_like(self.row) if self.gradient is None else self.gradient
+        metrics = self.optimizer.step(self.row, gradient, step)
+        self.gradient = None
+        self.refresh()
+        return metrics
+
+    def manifest(self, kind: CheckpointType, base_model: str) -> CheckpointManifest:
+        """What a checkpoint of this model says of itself."""
+        return CheckpointManifest(
+            kind=kind,
+            base_model=base_model,
+            lora_config=self.model.lora_config,
+            optimizer_config=self.model.optimizer_config,
+            optimizer_steps=self.optimizer.num_steps,
+        )
+
+    def save(self, directory: Path, base_model: str, parts: SnapshotParts) -> None:
+        """Write a training checkpoint."""
+        manifest = self.manifest(CheckpointType.TRAINING, base_model)
+        write_weights(directory, self.layout, self.row, manifest)
+        if parts.optimizer:
+            write_optimizer(directory, self.layout, self.optimizer.state())
+        if parts.gradient and self.gradient is not None:
+            write_gradient(directory, self.layout, self.gradient)
+        write_manifest(directory, manifest)
+
+    def export(self, directory: Path, base_model: str) -> None:
+        """Write weights only."""
+        manifest = self.manifest(CheckpointType.SAMPLER, base_model)
+        write_weights(directory, self.layout, self.row, manifest)
+        write_manifest(directory, manifest)
+
+    def load(self, directory: Path, base_model: str, parts: SnapshotParts) -> None:
+        """Take over a checkpoint, or raise and change nothing."""
+        manifest = read_manifest(directory)
+        self._check(manifest, base_model, parts)
+        row = read_weights(directory, self.layout)
+        optimizer = self._plugin.build(self.model.optimizer_config.settings)
+        if parts.optimizer:
+            rows = {name: saved.to(self._device) for name, saved in read_optimizer(directory, self.layout).items()}
+            optimizer.load(rows, manifest.optimizer_steps)
+        gradient = read_gradient(directory, self.layout) if parts.gradient else None
+        self.row = row.to(self._device)
+        self.optimizer = optimizer
+        self.gradient = None if gradient is None else gradient.to(self._device)
+        self.refresh()
+
+    def _check(self, manifest: CheckpointManifest, base_model: str, parts: SnapshotParts) -> None:
+        mine, saved = self.model.lora_config, manifest.lora_config
+        pairs: list[tuple[str, object, object]] = [
+            ("base model", manifest.base_model, base_model),
+            ("LoRA rank", saved.rank, mine.rank),
+            ("LoRA alpha", saved.alpha, mine.alpha),
+            ("target modules", sorted(set(target_names(saved))), sorted(set(target_names(mine)))),
+        ]
+        if parts.optimizer:
+            pairs.append(("optimizer", manifest.optimizer_config.type, self.model.optimizer_config.type))
+        for what, theirs, ours in pairs:
+            if theirs != ours:
+                raise CheckpointMismatchError(f"the checkpoint has {what} {theirs!r}, the model has {ours!r}")
+
+
+class ModelTable:
+    """The models of a trainer by id."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._models: dict[str, ModelState] = {}
+
+    def __getitem__(self, model_id: str) -> ModelState:
+        if model_id not in self._models:
+            raise UnknownModelError(model_id)
+        return self._models[model_id]
+
+    def check_room(self, model_id: str) -> None:
+        """Raise when no model of this id can be added."""
+        if model_id in self._models:
+            raise InvalidRequestError(f"model {model_id!r} exists already")
+        if len(self._models) >= self._capacity:
+            raise CapacityError(
+                f"all {self._capacity} models of this server are in use; finish a session, or raise --max-models"
+            )
+
+    def add(self, state: ModelState) -> None:
+        """Keep a model."""
+        self._models[state.model.model_id] = state
+
+    def remove(self, model_id: str) -> None:
+        """Forget a model; unknown ids are ignored."""
+        self._models.pop(model_id, None)

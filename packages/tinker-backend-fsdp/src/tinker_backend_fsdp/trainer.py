@@ -1,0 +1,137 @@
+"""The trainer ``fsdp``: many LoRA models on one frozen, sharded base model."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+from tinker_backend_fsdp.handle import FsdpModelHandle
+from tinker_backend_fsdp.loading import load_model
+from tinker_backend_fsdp.micro_batch import PassRequest
+from tinker_backend_fsdp.passes import PassRunner
+from tinker_backend_fsdp.state import ModelState, ModelTable
+from tinker_backend_fsdp.world import World
+from tinker_core.errors import ConfigurationError, UnsupportedFeatureError, UserError
+from tinker_core.executors.rank_loop import describe_error
+from tinker_core.interfaces import RankContext, TrainerParts
+from tinker_core.training.adapters import AdapterLayout
+from tinker_core.training.targets import select_linears
+from tinker_core.training.validation import PassLimits, check_pass
+from tinker_core.types import (
+    ModelPassResult,
+    OptimStepOutput,
+    OptimStepResult,
+    PreparedModel,
+    PreparedModelPass,
+    PreparedModelPassBatch,
+    PreparedOptimStep,
+    SnapshotParts,
+    TrainerCapabilities,
+    Transport,
+)
+
+
+class FsdpTrainer:
+    """Implements `tinker_core.interfaces.Trainer`, one instance per rank."""
+
+    def __init__(self, context: RankContext, parts: TrainerParts) -> None:
+        if context.micro_batch_tokens < 1:
+            raise ConfigurationError(f"micro-batch-tokens must be at least 1, got {context.micro_batch_tokens}")
+        self._context = context
+        self._parts = parts
+        self._base_model = context.base_model.name
+        self._world = World(context)
+        self._loaded = load_model(context.base_model.path, context.dtype, self._world)
+        self._models = ModelTable(context.max_models)
+        self._runner = PassRunner(root=self._loaded.root, world=self._world, budget=context.micro_batch_tokens)
+        longest = self._loaded.context_length
+        self._limits = PassLimits(
+            vocab_size=self._loaded.vocab_size,
+            max_context_length=min(longest, context.max_context_length or longest),
+        )
+
+    def capabilities(self) -> TrainerCapabilities:
+        """LoRA on text, in process or as files."""
+        return TrainerCapabilities(
+            losses=tuple(sorted(self._parts.losses)),
+            optimizers=tuple(sorted(self._parts.optimizers)),
+            max_lora_rank=self._context.max_lora_rank,
+            max_models=self._context.max_models,
+            max_context_length=self._limits.max_context_length,
+            vocab_size=self._limits.vocab_size,
+            transports=(Transport.IN_PROCESS, Transport.FILE),
+            offers_model_handle=True,
+            architecture=self._loaded.architecture,
+        )
+
+    def create(self, model: PreparedModel) -> None:
+        """Make a model with fresh rows."""
+        self._models.check_room(model.model_id)
+        linears = select_linears(self._loaded.linears, model.lora_config, max_rank=self._context.max_lora_rank)
+        optimizer = self._parts.optimizers.get(model.optimizer_config.type)
+        if optimizer is None:
+            known = ", ".join(sorted(self._parts.optimizers))
+            raise UnsupportedFeatureError(
+                f"optimizer {model.optimizer_config.type!r} is not installed; known optimizers: {known}"
+            )
+        layout = AdapterLayout(linears, model.lora_config)
+        state = ModelState(model, layout, optimizer, dtype=self._loaded.dtype, device=self._world.device)
+        self._models.add(state)
+
+    def forward_backward(self, batch: PreparedModelPassBatch) -> Generator[None, None, tuple[ModelPassResult, ...]]:
+        """Run the requests that are valid in one pass; the others fail alone, before it."""
+        results: dict[int, ModelPassResult] = {}
+        runnable: dict[int, PassRequest] = {}
+        for index, request in enumerate(batch.requests):
+            try:
+                runnable[index] = self._checked(request)
+            except UserError as error:
+                results[index] = ModelPassResult(request_id=request.request_id, error=describe_error(error))
+        passed = yield from self._runner.run(list(runnable.values()))
+        results.update(zip(runnable, passed, strict=True))
+        return tuple(results[index] for index in range(len(batch.requests)))
+
+    def _checked(self, request: PreparedModelPass) -> PassRequest:
+        state = self._models[request.model_id]
+        loss = check_pass(request, self._parts.losses, self._limits)
+        return PassRequest(request=request, state=state, loss=loss)
+
+    def optim_step(self, steps: Sequence[PreparedOptimStep]) -> tuple[OptimStepResult, ...]:
+        """Step each model alone; one bad step does not touch the others."""
+        return tuple(self._step(step) for step in steps)
+
+    def _step(self, step: PreparedOptimStep) -> OptimStepResult:
+        try:
+            state = self._models[step.model_id]
+            metrics = state.step(step)
+        except UserError as error:
+            return OptimStepResult(request_id=step.request_id, error=describe_error(error))
+        return OptimStepResult(request_id=step.request_id, output=OptimStepOutput(metrics=metrics))
+
+    def snapshot(self, model_id: str, directory: str, parts: SnapshotParts) -> None:
+        """Write a training checkpoint from rank 0."""
+        state = self._models[model_id]
+        if self._world.rank == 0:
+            state.save(Path(directory), self._base_model, parts)
+
+    def restore(self, model_id: str, directory: str, parts: SnapshotParts) -> None:
+        """Read a training checkpoint in every rank."""
+        self._models[model_id].load(Path(directory), self._base_model, parts)
+
+    def export(self, model_id: str, directory: str) -> None:
+        """Write weights for samplers from rank 0."""
+        state = self._models[model_id]
+        if self._world.rank == 0:
+            state.export(Path(directory), self._base_model)
+
+    def unload(self, model_id: str) -> None:
+        """Forget a model."""
+        self._models.remove(model_id)
+
+    def model_handle(self) -> FsdpModelHandle:
+        """The live model."""
+        return FsdpModelHandle(self._loaded, self._models, self._world, self.capabilities(), self._base_model)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self._world.close()

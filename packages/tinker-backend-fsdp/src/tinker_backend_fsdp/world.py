@@ -1,0 +1,74 @@
+"""The ranks that hold one base model together."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from tinker_core.errors import ConfigurationError
+from tinker_core.interfaces import RankContext
+
+_TEXT_BYTES = 4096
+
+
+class World:
+    """Collectives over the ranks; with one rank there is no process group and every collective is the identity."""
+
+    def __init__(self, context: RankContext) -> None:
+        self.rank = context.rank
+        self.size = context.world_size
+        self.device = _device(context)
+        if self.size > 1:
+            dist.init_process_group(
+                "nccl" if self.device.type == "cuda" else "gloo",
+                init_method=context.rendezvous,
+                rank=self.rank,
+                world_size=self.size,
+            )
+
+    def sum(self, tensor: torch.Tensor) -> None:
+        """Replace a tensor by its sum over all ranks, bit-identical in all of them."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's value of a tensor of equal shape in all ranks."""
+        if self.size > 1:
+            tensor = tensor.contiguous()
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def first_text(self, text: str | None) -> str | None:
+        """The text of the lowest rank that has one, in all ranks; cut at 4 KiB."""
+        if self.size == 1:
+            return text
+        raw = (text or "").encode()[:_TEXT_BYTES]
+        mine = torch.zeros(_TEXT_BYTES, dtype=torch.uint8)
+        mine[: len(raw)] = torch.frombuffer(bytearray(raw or b"\0"), dtype=torch.uint8)[: len(raw)]
+        all_texts = [torch.zeros_like(mine, device=self.device) for _ in range(self.size)]
+        dist.all_gather(all_texts, mine.to(self.device))
+        for gathered in all_texts:
+            found = bytes(gathered.cpu().numpy()).rstrip(b"\0")
+            if found:
+                return found.decode(errors="ignore")
+        return None
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def _device(context: RankContext) -> torch.device:
+    if context.device == "cpu":
+        return torch.device("cpu")
+    if context.device != "cuda":
+        raise ConfigurationError(f"device {context.device!r} is not known; use cpu or cuda")
+    if not torch.cuda.is_available():
+        raise ConfigurationError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
+    count = torch.cuda.device_count()
+    if context.world_size > count:
+        raise ConfigurationError(f"{context.world_size} ranks need as many CUDA devices; this machine has {count}")
+    device = torch.device("cuda", context.rank)
+    torch.cuda.set_device(device)
+    return device

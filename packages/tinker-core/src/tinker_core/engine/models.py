@@ -1,0 +1,102 @@
+"""Birth and death of models."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime
+
+from tinker_core.engine.acceptance import model_of
+from tinker_core.engine.base_model import BaseModel
+from tinker_core.engine.checkpoints import Checkpoints
+from tinker_core.engine.futures import FutureTable, PendingResult
+from tinker_core.engine.operations import NewModel, require_training_checkpoint
+from tinker_core.engine.registry import Registry
+from tinker_core.errors import CheckpointMismatchError, InvalidRequestError, WorkerLostError
+from tinker_core.executors.protocol import ModelName
+from tinker_core.types import CreateModelInput, LoadWeightsInput, SessionRecord, TrainingRunRecord
+
+FindSession = Callable[[str, str], Awaitable[SessionRecord]]
+
+
+async def new_model(
+    request: CreateModelInput | LoadWeightsInput,
+    entry: PendingResult,
+    *,
+    session: FindSession,
+    checkpoints: Checkpoints,
+    now: datetime,
+) -> NewModel:
+    """What a request to create a model, from nothing or from a checkpoint, asks to be made."""
+    model_id = model_of(request)
+    assert model_id is not None
+    owner = entry.owner
+    if isinstance(request, CreateModelInput):
+        record = await session(request.session_id, owner)
+        run = TrainingRunRecord(
+            model_id=model_id,
+            session_id=record.session_id,
+            base_model=request.base_model,
+            lora_config=request.lora_config,
+            optimizer_config=request.optimizer_config,
+            created_at=now,
+            last_request_at=now,
+            owner=owner,
+            project_id=record.project_id,
+            user_metadata=request.user_metadata,
+        )
+        return NewModel(run=run)
+    return await _from_checkpoint(request, model_id, owner, session=session, checkpoints=checkpoints, now=now)
+
+
+async def _from_checkpoint(
+    request: LoadWeightsInput,
+    model_id: str,
+    owner: str,
+    *,
+    session: FindSession,
+    checkpoints: Checkpoints,
+    now: datetime,
+) -> NewModel:
+    record = await session(request.session_id or "", owner)
+    checkpoint = await checkpoints.get(request.path, owner)
+    require_training_checkpoint(checkpoint)
+    if request.base_model not in (None, checkpoint.base_model):
+        raise CheckpointMismatchError(
+            f"checkpoint {request.path!r} is of base model {checkpoint.base_model!r}, not {request.base_model!r}"
+        )
+    if request.optimizer and request.optimizer_config not in (None, checkpoint.optimizer_config):
+        raise InvalidRequestError(
+            f"optimizer_config: the saved optimizer state is of type {checkpoint.optimizer_config.type!r}; "
+            "load without the optimizer to choose another"
+        )
+    run = TrainingRunRecord(
+        model_id=model_id,
+        session_id=record.session_id,
+        base_model=checkpoint.base_model,
+        lora_config=checkpoint.lora_config,
+        optimizer_config=request.optimizer_config or checkpoint.optimizer_config,
+        created_at=now,
+        last_request_at=now,
+        owner=owner,
+        project_id=record.project_id,
+        user_metadata=request.user_metadata,
+    )
+    return NewModel(run=run, load=request, checkpoint=checkpoint)
+
+
+async def release_models(
+    session_id: str, registry: Registry, bases: Mapping[str, BaseModel], futures: FutureTable
+) -> None:
+    """Unload the models of a finished session, each after the work that was accepted for it."""
+    for run in registry.models_of(session_id):
+        waiting = [entry.done for entry in futures.pending(lambda entry, m=run.model_id: entry.accepted.model_id == m)]  # type: ignore[misc]
+        if waiting:
+            await asyncio.wait(waiting)
+        base = bases[run.base_model]
+        base.remove_model(run.model_id)
+        await registry.remove_model(run.model_id)
+        try:
+            await base.group.call("unload", ModelName(model_id=run.model_id))
+        except WorkerLostError:
+            continue  # it went with its process

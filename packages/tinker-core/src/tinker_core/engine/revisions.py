@@ -1,0 +1,133 @@
+"""Which sampler weights are resident, and how the others come back.
+
+A revision is an immutable name for weights.  Some have files (named saves), some exist only in the sampler (ephemeral
+saves).  When more are wanted than the sampler holds, the least recently used one that nobody is using makes room; if it
+has no files yet, the sampler writes it out first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import attrs
+
+from tinker_core.errors import UnknownCheckpointError
+from tinker_core.interfaces import Sampler
+from tinker_core.types import Transport, WeightsRef
+
+
+@attrs.define(kw_only=True, eq=False)
+class _Revision:
+    name: str
+    directory: Path | None
+    """Where its files are; None while they exist in the sampler only."""
+    spilled: bool = False
+    """Whether the files are ours to delete."""
+    resident: bool = False
+    users: int = 0
+    dropped: bool = False
+    loading: asyncio.Lock = attrs.field(factory=asyncio.Lock)
+
+
+class Revisions:
+    """The revisions of one base model's sampler."""
+
+    def __init__(self, sampler: Sampler, spill_directory: Path) -> None:
+        self._sampler = sampler
+        self._spill_directory = spill_directory
+        self._revisions: OrderedDict[str, _Revision] = OrderedDict()
+        """Least recently used first."""
+        self._spills = 0
+
+    @property
+    def num_resident(self) -> int:
+        """Revisions that the sampler holds now."""
+        return sum(revision.resident for revision in self._revisions.values())
+
+    def knows(self, name: str) -> bool:
+        """Whether a revision is resident or has files."""
+        return name in self._revisions
+
+    async def publish_live(self, name: str, model_id: str) -> None:
+        """Publish the present weights of a live model that shares a process with the sampler."""
+        revision = _Revision(name=name, directory=None)
+        await self._make_room()
+        await self._sampler.publish(name, WeightsRef(transport=Transport.IN_PROCESS, model_id=model_id))
+        revision.resident = True
+        self._revisions[name] = revision
+
+    def add_files(self, name: str, directory: Path, *, owned: bool = False) -> None:
+        """Make a revision known by its files; it becomes resident on its first use. ``owned``: delete them with it."""
+        if name not in self._revisions:
+            self._revisions[name] = _Revision(name=name, directory=directory, spilled=owned)
+
+    @asynccontextmanager
+    async def use(self, name: str | None) -> AsyncIterator[str | None]:
+        """Hold a revision resident for the length of a block; None stands for the bare base model."""
+        if name is None:
+            yield None
+            return
+        revision = self._revisions.get(name)
+        if revision is None:
+            raise UnknownCheckpointError(name)
+        self._revisions.move_to_end(name)
+        revision.users += 1
+        try:
+            await self._ensure_resident(revision)
+            yield name
+        finally:
+            revision.users -= 1
+            if revision.dropped:
+                await self._forget(revision)
+
+    async def drop(self, name: str) -> None:
+        """Forget a revision, as soon as nobody uses it any more."""
+        revision = self._revisions.get(name)
+        if revision is not None:
+            revision.dropped = True
+            await self._forget(revision)
+
+    async def _ensure_resident(self, revision: _Revision) -> None:
+        async with revision.loading:
+            if revision.resident:
+                return
+            if revision.directory is None:
+                raise UnknownCheckpointError(revision.name)
+            await self._make_room()
+            ref = WeightsRef(transport=Transport.FILE, directory=str(revision.directory))
+            await self._sampler.publish(revision.name, ref)
+            revision.resident = True
+
+    async def _make_room(self) -> None:
+        limit = self._sampler.capabilities().max_revisions
+        while self.num_resident >= limit:
+            idle = (r for r in self._revisions.values() if r.resident and r.users == 0 and not r.loading.locked())
+            victim = next(idle, None)
+            if victim is None:
+                return  # all are in use: the sampler holds one more for as long as they are
+            await self._evict(victim)
+
+    async def _evict(self, revision: _Revision) -> None:
+        async with revision.loading:
+            spill = None
+            if revision.directory is None:
+                self._spills += 1
+                spill = self._spill_directory / f"{self._spills:06d}"
+                await asyncio.to_thread(spill.mkdir, parents=True)
+            revision.resident = False
+            await self._sampler.retire(revision.name, str(spill) if spill else None)
+            if spill is not None:
+                revision.directory, revision.spilled = spill, True
+
+    async def _forget(self, revision: _Revision) -> None:
+        if revision.users or self._revisions.pop(revision.name, None) is None:
+            return
+        if revision.resident:
+            await self._sampler.retire(revision.name, None)
+        if revision.spilled and revision.directory is not None:
+            await asyncio.to_thread(shutil.rmtree, revision.directory)

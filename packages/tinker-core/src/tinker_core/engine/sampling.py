@@ -1,0 +1,136 @@
+"""Sampling sessions and the samples in flight; they bypass the training queue."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+
+from tinker_core.engine.base_model import BaseModel
+from tinker_core.engine.checkpoints import Checkpoints
+from tinker_core.engine.clock import Clock
+from tinker_core.engine.futures import PendingResult
+from tinker_core.engine.operations import inflight_name
+from tinker_core.engine.registry import Registry
+from tinker_core.errors import InvalidRequestError, TinkerError, UnknownCheckpointError, UnsupportedFeatureError
+from tinker_core.executors.rank_loop import describe_error
+from tinker_core.types import (
+    CheckpointRecord,
+    CreateSamplingSessionInput,
+    EngineOutput,
+    PreparedSample,
+    SampleInput,
+    SamplerRecord,
+    SessionRecord,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Sampling:
+    """Opens sampling sessions and runs samples on the sampler of their base model."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        checkpoints: Checkpoints,
+        clock: Clock,
+        *,
+        resolve: Callable[[str, EngineOutput], None],
+    ) -> None:
+        self._registry = registry
+        self._checkpoints = checkpoints
+        self._clock = clock
+        self._resolve = resolve
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def open(
+        self,
+        request: CreateSamplingSessionInput,
+        sampling_session_id: str,
+        session: SessionRecord,
+        base_of: Callable[[str], BaseModel],
+    ) -> SamplerRecord:
+        """Open a session on a base model or on saved weights."""
+        if (request.base_model is None) == (request.model_path is None):
+            raise InvalidRequestError("give either base_model or model_path")
+        checkpoint: CheckpointRecord | None = None
+        if request.model_path is not None:
+            checkpoint = await self._checkpoints.get(request.model_path, session.owner)
+        base = base_of(checkpoint.base_model if checkpoint is not None else request.base_model or "")
+        if not base.spec.sampleable:
+            raise UnsupportedFeatureError(f"base model {base.spec.name!r} is served for training only")
+        record = SamplerRecord(
+            sampling_session_id=sampling_session_id,
+            session_id=session.session_id,
+            base_model=base.spec.name,
+            created_at=self._clock.now(),
+            model_path=request.model_path,
+            revision=_revision_of(checkpoint) if checkpoint is not None else None,
+            owner=session.owner,
+            project_id=session.project_id,
+        )
+        await self._registry.put_sampler(record)
+        return record
+
+    def start(self, request: SampleInput, record: SamplerRecord, entry: PendingResult, base: BaseModel) -> None:
+        """Run a sample behind the caller's back; its future gets the result."""
+        task = asyncio.create_task(self._run(request, record, entry.accepted.request_id, base))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _run(self, request: SampleInput, record: SamplerRecord, request_id: str, base: BaseModel) -> None:
+        output: EngineOutput
+        try:
+            await base.wait_started()
+            name = await self._revision(record, base)
+            async with base.revisions.use(name) as revision:
+                sample = PreparedSample(request_id=request_id, revision=revision, request=request)
+                output = await base.sampler.sample(sample)
+        except Exception as error:
+            if not isinstance(error, TinkerError):
+                log.exception("sample %s failed", request_id)
+            output = describe_error(error)
+        self._resolve(request_id, output)
+
+    async def _revision(self, record: SamplerRecord, base: BaseModel) -> str | None:
+        """The revision that a session serves now, made known to the sampler if it has files."""
+        if record.revision is None:
+            return None
+        if record.model_path is not None:
+            return await self._saved_revision(record, record.model_path, base)
+        model_id, _, kind = record.revision.rpartition("@")
+        if record.revision == inflight_name(model_id):
+            target = self._registry.inflight.get(model_id)
+            if target is None:
+                raise UnknownCheckpointError(f"{model_id} ({kind})")
+            return target
+        return record.revision
+
+    async def _saved_revision(self, record: SamplerRecord, path: str, base: BaseModel) -> str:
+        """Saved weights stay available to the sampling sessions that opened them, also when the path is deleted."""
+        assert record.revision is not None
+        if not base.revisions.knows(record.revision):
+            checkpoint = await self._checkpoints.get(path, record.owner)
+            if _revision_of(checkpoint) != record.revision:
+                raise UnknownCheckpointError(path)
+            base.revisions.add_files(record.revision, await self._checkpoints.directory(checkpoint))
+        return record.revision
+
+    async def release(self, session_id: str, bases: Mapping[str, BaseModel]) -> None:
+        """Drop the ephemeral weights of a finished session, once nobody samples from them."""
+        for record in self._registry.forget_samplers_of(session_id):
+            base = bases[record.base_model]
+            if record.revision is not None and record.model_path is None and base.has_sampler:
+                await base.revisions.drop(record.revision)
+
+    async def close(self) -> None:
+        """End the samples in flight; their clients will see a server that stopped."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+
+def _revision_of(checkpoint: CheckpointRecord) -> str:
+    """A name for exactly these files: a path that is deleted and saved again is another revision."""
+    return f"{checkpoint.path}@{checkpoint.request_id}"

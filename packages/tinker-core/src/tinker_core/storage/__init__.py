@@ -1,0 +1,8 @@
+"""What survives a restart: control records in a database, checkpoints in a directory."""
+
+from __future__ import annotations
+
+from tinker_core.storage.checkpoints import CheckpointStore
+from tinker_core.storage.control import ControlStore
+
+__all__ = ["CheckpointStore", "ControlStore"]

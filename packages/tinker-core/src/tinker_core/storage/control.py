@@ -1,0 +1,227 @@
+"""The control database: sessions, training runs, checkpoints and samplers; never a request body."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+
+from tinker_core.encoding import make_converter
+from tinker_core.errors import (
+    CheckpointExistsError,
+    StorageError,
+    UnknownCheckpointError,
+    UnknownModelError,
+    UnknownSessionError,
+)
+from tinker_core.storage.database import open_database
+from tinker_core.storage.tables import checkpoints, samplers, sessions, training_runs
+from tinker_core.types import CheckpointRecord, SamplerRecord, SessionRecord, TinkerPath, TrainingRunRecord
+
+_T = TypeVar("_T")
+_R = TypeVar("_R", SessionRecord, TrainingRunRecord, CheckpointRecord, SamplerRecord)
+
+
+class ControlStore:
+    """Keeps control records. Methods may be called from one event loop; SQL runs on one thread of the store's own.
+
+    Every method raises `StorageError` when the database itself fails. ``list_*`` methods return a page, newest first,
+    and the number of records on all pages; ``limit=None`` is no limit.
+    """
+
+    def __init__(self, engine: sa.Engine, thread: ThreadPoolExecutor) -> None:
+        self._engine = engine
+        self._thread = thread
+        self._converter = make_converter()
+        self._converter.register_structure_hook(datetime, lambda value, _: value)
+
+    @classmethod
+    async def open(cls, url: str) -> ControlStore:
+        """Open, and create or upgrade, the database at an SQLAlchemy URL such as ``sqlite:////data/control.sqlite3``.
+
+        Raises `ConfigurationError` if it cannot be opened or was written by newer code.
+        """
+        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="control-store")
+        try:
+            engine = await asyncio.get_running_loop().run_in_executor(thread, open_database, url)
+        except BaseException:
+            thread.shutdown(wait=False)
+            raise
+        return cls(engine, thread)
+
+    async def close(self) -> None:
+        """Finish what is running and close the database; the store cannot be used afterwards."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
+        self._thread.shutdown()
+
+    # --- sessions -----------------------------------------------------------------------------------------------------
+
+    async def add_session(self, record: SessionRecord) -> None:
+        """Keep a new session."""
+        await self._insert(sessions, record)
+
+    async def get_session(self, session_id: str) -> SessionRecord | None:
+        """A session, or None."""
+        return await self._get(sessions.c.session_id, session_id, SessionRecord)
+
+    async def list_sessions(self, owner: str, limit: int | None, offset: int) -> tuple[list[SessionRecord], int]:
+        """An owner's sessions."""
+        return await self._list(sessions, SessionRecord, [sessions.c.owner == owner], limit, offset)
+
+    async def finish_session(self, session_id: str, at: datetime, reason: str | None, detail: str | None) -> None:
+        """Mark a session as finished; a second call changes nothing. Raises `UnknownSessionError`."""
+
+        def work(connection: sa.Connection) -> None:
+            found = sessions.c.session_id == session_id
+            if connection.execute(sa.select(sessions.c.session_id).where(found)).first() is None:
+                raise UnknownSessionError(session_id)
+            values = {"finished_at": at, "finish_reason": reason, "finish_detail": detail}
+            connection.execute(sa.update(sessions).where(found, sessions.c.finished_at.is_(None)).values(values))
+
+        await self._run(work)
+
+    # --- training runs ------------------------------------------------------------------------------------------------
+
+    async def add_run(self, record: TrainingRunRecord) -> None:
+        """Keep a new training run."""
+        await self._insert(training_runs, record)
+
+    async def get_run(self, model_id: str) -> TrainingRunRecord | None:
+        """A training run, or None."""
+        return await self._get(training_runs.c.model_id, model_id, TrainingRunRecord)
+
+    async def list_runs(
+        self, owner: str, limit: int | None, offset: int, project_id: str | None = None
+    ) -> tuple[list[TrainingRunRecord], int]:
+        """An owner's training runs, of one project if it is given."""
+        conditions = [training_runs.c.owner == owner]
+        if project_id is not None:
+            conditions.append(training_runs.c.project_id == project_id)
+        return await self._list(training_runs, TrainingRunRecord, conditions, limit, offset)
+
+    async def list_run_ids(self, session_id: str) -> list[str]:
+        """Ids of a session's training runs, in order of creation."""
+        return await self._ids(training_runs.c.model_id, training_runs.c.session_id == session_id)
+
+    async def touch_run(self, model_id: str, at: datetime) -> None:
+        """Set when a run was last used. Raises `UnknownModelError`."""
+        statement = sa.update(training_runs).where(training_runs.c.model_id == model_id).values(last_request_at=at)
+        await self._change(statement, UnknownModelError(model_id))
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    async def put_checkpoint(self, record: CheckpointRecord, overwrite: bool) -> None:
+        """Keep a checkpoint; raises `CheckpointExistsError` if its path is taken and ``overwrite`` is false."""
+        path = str(record.path)
+        row = {**self._row(record), "run_id": record.path.run_id}
+
+        def work(connection: sa.Connection) -> None:
+            if overwrite:
+                connection.execute(sa.delete(checkpoints).where(checkpoints.c.path == path))
+            elif connection.execute(sa.select(checkpoints.c.path).where(checkpoints.c.path == path)).first():
+                raise CheckpointExistsError(path)
+            connection.execute(sa.insert(checkpoints).values(row))
+
+        await self._run(work)
+
+    async def get_checkpoint(self, path: TinkerPath) -> CheckpointRecord | None:
+        """A checkpoint, or None."""
+        return await self._get(checkpoints.c.path, str(path), CheckpointRecord)
+
+    async def list_checkpoints(
+        self, owner: str, run_id: str | None = None, limit: int | None = None, offset: int = 0
+    ) -> tuple[list[CheckpointRecord], int]:
+        """An owner's checkpoints, of one run if it is given."""
+        conditions = [checkpoints.c.owner == owner]
+        if run_id is not None:
+            conditions.append(checkpoints.c.run_id == run_id)
+        return await self._list(checkpoints, CheckpointRecord, conditions, limit, offset)
+
+    async def list_expired_checkpoints(self, now: datetime) -> list[CheckpointRecord]:
+        """Everybody's checkpoints whose time is over."""
+        return (await self._list(checkpoints, CheckpointRecord, [checkpoints.c.expires_at <= now], None, 0))[0]
+
+    async def set_checkpoint_expiry(self, path: TinkerPath, expires_at: datetime | None) -> None:
+        """Set when a checkpoint may be removed, None for never. Raises `UnknownCheckpointError`."""
+        statement = sa.update(checkpoints).where(checkpoints.c.path == str(path)).values(expires_at=expires_at)
+        await self._change(statement, UnknownCheckpointError(str(path)))
+
+    async def delete_checkpoint(self, path: TinkerPath) -> None:
+        """Forget a checkpoint. Raises `UnknownCheckpointError`."""
+        statement = sa.delete(checkpoints).where(checkpoints.c.path == str(path))
+        await self._change(statement, UnknownCheckpointError(str(path)))
+
+    # --- samplers -----------------------------------------------------------------------------------------------------
+
+    async def add_sampler(self, record: SamplerRecord) -> None:
+        """Keep a new sampling session."""
+        await self._insert(samplers, record)
+
+    async def get_sampler(self, sampling_session_id: str) -> SamplerRecord | None:
+        """A sampling session, or None."""
+        return await self._get(samplers.c.sampling_session_id, sampling_session_id, SamplerRecord)
+
+    async def list_sampler_ids(self, session_id: str) -> list[str]:
+        """Ids of a session's sampling sessions, in order of creation."""
+        return await self._ids(samplers.c.sampling_session_id, samplers.c.session_id == session_id)
+
+    # --- shared -------------------------------------------------------------------------------------------------------
+
+    async def _run(self, work: Callable[[sa.Connection], _T]) -> _T:
+        """Do some work in one transaction on the store's thread."""
+
+        def transaction() -> _T:
+            try:
+                with self._engine.begin() as connection:
+                    return work(connection)
+            except sa.exc.SQLAlchemyError as error:
+                raise StorageError(f"the control database failed: {error}") from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, transaction)
+
+    def _row(self, record: object) -> dict[str, Any]:
+        row: dict[str, Any] = self._converter.unstructure(record)
+        return row
+
+    def _record(self, row: sa.RowMapping, cls: type[_R]) -> _R:
+        values = {name: value for name, value in row.items() if name not in ("number", "run_id")}
+        return self._converter.structure(values, cls)
+
+    async def _insert(self, table: sa.Table, record: object) -> None:
+        row = self._row(record)
+        await self._run(lambda connection: connection.execute(sa.insert(table).values(row)))
+
+    async def _change(self, statement: sa.Update | sa.Delete, missing: Exception) -> None:
+        if not await self._run(lambda connection: connection.execute(statement).rowcount):
+            raise missing
+
+    async def _get(self, column: sa.Column[Any], value: str, cls: type[_R]) -> _R | None:
+        query = sa.select(column.table).where(column == value)
+        row = await self._run(lambda connection: connection.execute(query).mappings().first())
+        return None if row is None else self._record(row, cls)
+
+    async def _ids(self, column: sa.Column[Any], condition: sa.ColumnElement[bool]) -> list[str]:
+        query = sa.select(column).where(condition).order_by(column.table.c.number)
+        return await self._run(lambda connection: list(connection.execute(query).scalars()))
+
+    async def _list(
+        self,
+        table: sa.Table,
+        cls: type[_R],
+        conditions: list[sa.ColumnElement[bool]],
+        limit: int | None,
+        offset: int,
+    ) -> tuple[list[_R], int]:
+        count = sa.select(sa.func.count()).select_from(table).where(*conditions)
+        newest_first = (table.c.created_at.desc(), table.c.number.desc())
+        page = sa.select(table).where(*conditions).order_by(*newest_first).limit(limit).offset(offset)
+
+        def work(connection: sa.Connection) -> tuple[list[sa.RowMapping], int]:
+            return list(connection.execute(page).mappings()), connection.execute(count).scalar_one()
+
+        rows, total = await self._run(work)
+        return [self._record(row, cls) for row in rows], total

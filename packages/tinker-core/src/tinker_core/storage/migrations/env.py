@@ -1,0 +1,16 @@
+"""Runs migrations on the connection that `tinker_core.storage.database.migrate` hands over."""
+
+from __future__ import annotations
+
+from alembic import context
+
+from tinker_core.storage.tables import metadata
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=metadata,
+    render_as_batch=True,
+    transactional_ddl=True,
+)
+with context.begin_transaction():
+    context.run_migrations()

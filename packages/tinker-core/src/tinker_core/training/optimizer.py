@@ -1,0 +1,98 @@
+"""AdamW over flat float32 rows; every parameter is taken from the step itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from tinker_core.errors import InvalidRequestError
+from tinker_core.interfaces import FlatOptimizer, OptimizerPlugin
+from tinker_core.types import AdamParams, PreparedOptimStep
+
+_ROWS = ("exp_avg", "exp_avg_sq")
+
+
+class AdamW:
+    """Decoupled weight decay, bias correction and global-norm clipping exactly as in torch."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, torch.Tensor] = {}
+        self._num_steps = 0
+
+    def step(self, weights: torch.Tensor, gradient: torch.Tensor, step: PreparedOptimStep) -> dict[str, float]:
+        """Update ``weights`` in place; reports ``grad_norm``, the gradient's norm before clipping."""
+        params = _checked(step)
+        norm = float(torch.linalg.vector_norm(gradient))
+        # The formula of torch.nn.utils.clip_grad_norm_.
+        factor = params.grad_clip_norm / (norm + 1e-6)
+        if params.grad_clip_norm > 0 and factor < 1:
+            gradient = gradient * factor
+        if not self._rows:
+            self._rows = {name: torch.zeros_like(weights) for name in _ROWS}
+        self._update(weights, gradient, params)
+        self._num_steps += 1
+        return {"grad_norm": norm}
+
+    def _update(self, weights: torch.Tensor, gradient: torch.Tensor, params: AdamParams) -> None:
+        parameter = torch.nn.Parameter(weights, requires_grad=False)
+        parameter.grad = gradient
+        optimizer = torch.optim.AdamW(
+            [parameter],
+            lr=params.learning_rate,
+            betas=(params.beta1, params.beta2),
+            eps=params.eps,
+            weight_decay=params.weight_decay,
+            fused=True,
+        )
+        count = torch.tensor(float(self._num_steps), dtype=torch.float32, device=weights.device)
+        optimizer.state[parameter] = {"step": count, **self._rows}
+        optimizer.step()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Both moments by name; empty before the first step."""
+        return dict(self._rows)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken."""
+        return self._num_steps
+
+    def load(self, rows: Mapping[str, torch.Tensor], num_steps: int) -> None:
+        """Replace the state by saved rows; no rows means fresh moments."""
+        if rows and set(rows) != set(_ROWS):
+            raise InvalidRequestError(f"AdamW state has rows {', '.join(_ROWS)}, got {', '.join(sorted(rows))}")
+        self._rows = dict(rows)
+        self._num_steps = num_steps
+
+
+def _checked(step: PreparedOptimStep) -> AdamParams:
+    params = step.adam_params
+    if params is None or step.optimizer_params is not None:
+        raise InvalidRequestError("this model's optimizer is adamw: send adam_params, not optimizer_params")
+    limits = {
+        "learning_rate": (params.learning_rate, 0.0, math.inf),
+        "beta1": (params.beta1, 0.0, 1.0),
+        "beta2": (params.beta2, 0.0, 1.0),
+        "eps": (params.eps, 0.0, math.inf),
+        "weight_decay": (params.weight_decay, 0.0, math.inf),
+        "grad_clip_norm": (params.grad_clip_norm, 0.0, math.inf),
+    }
+    for name, (value, low, high) in limits.items():
+        if not low <= value < high:
+            bound = f"at least {low:g}" + (f" and below {high:g}" if math.isfinite(high) else " and finite")
+            raise InvalidRequestError(f"adam_params.{name} must be {bound}, got {value}")
+    return params
+
+
+def _build(settings: Mapping[str, float]) -> FlatOptimizer:
+    if settings:
+        raise InvalidRequestError(
+            f"optimizer_config of adamw takes no settings, got {', '.join(sorted(settings))}; send them with each step"
+        )
+    return AdamW()
+
+
+ADAMW = OptimizerPlugin(name="adamw", build=_build)
+"""The optimizer family ``adamw``."""

@@ -1,0 +1,67 @@
+"""``tinker-server``: the command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+import orjson
+
+from tinker_core.errors import ConfigurationError
+from tinker_core.plugins import ALL, Plugins
+from tinker_server.arguments import parse_arguments
+from tinker_server.devices import choose_device
+from tinker_server.plugin_list import list_plugins
+
+PLUGINS_VARIABLE = "TINKER_PLUGINS"
+"""Names of the plugins to load besides ``core``, separated by commas; unset means all that are installed."""
+
+_CORE = "core"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status, 2 for settings that cannot work."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    for chatty in ("uvicorn", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    if "--access-log" in given:
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+    try:
+        names = plugin_names(os.environ)
+        plugins = Plugins.load(*names)
+        if given[:1] == ["plugins"]:
+            return _print_plugins(plugins, given[1:])
+        return _serve(given, plugins, names)
+    except ConfigurationError as error:
+        sys.stderr.write(f"tinker-server: {error}\n")
+        return 2
+
+
+def _print_plugins(plugins: Plugins, rest: Sequence[str]) -> int:
+    if rest:
+        raise ConfigurationError(f"'tinker-server plugins' takes no arguments, got {rest[0]!r}")
+    sys.stdout.write(orjson.dumps(list_plugins(plugins), option=orjson.OPT_INDENT_2).decode() + "\n")
+    return 0
+
+
+def _serve(given: Sequence[str], plugins: Plugins, names: tuple[str, ...]) -> int:
+    config = parse_arguments(given, plugins)
+    engine_config = config.engine_config(plugins=names, device=choose_device(config.device, os.environ))
+    from tinker_server.serving import serve
+
+    return serve(config, engine_config, plugins)
+
+
+def plugin_names(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """What to load, here and in worker processes."""
+    text = environment.get(PLUGINS_VARIABLE)
+    if text is None:
+        return (ALL,)
+    return (_CORE, *(name.strip() for name in text.split(",") if name.strip() and name.strip() != _CORE))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

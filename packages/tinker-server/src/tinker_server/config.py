@@ -1,0 +1,194 @@
+"""Everything a server is told, from flags and from a TOML file with the same names."""
+
+from __future__ import annotations
+
+import ipaddress
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from tinker_core.engine import EngineConfig
+from tinker_core.errors import ConfigurationError
+from tinker_core.interfaces import Option, OptionValue
+from tinker_core.types import BaseModelSpec
+from tinker_server.app import DEFAULT_BODY_LIMIT
+from tinker_server.base_models import check_distinct, make_base_model, parse_base_model
+
+DTYPES = ("float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
+NO_SAMPLER = "none"
+
+
+def _setting(default: Any, help_text: str, choices: tuple[str, ...] = (), metavar: str = "") -> Any:  # noqa: ANN401
+    metadata = {"help": help_text, "choices": choices, "metavar": metavar}
+    return attrs.field(default=default, metadata=metadata)
+
+
+@attrs.frozen(kw_only=True)
+class ServerConfig:
+    """One field a flag; ``max_models`` is ``--max-models`` and the TOML key ``max-models``."""
+
+    base_models: tuple[BaseModelSpec, ...]
+    backend: str = _setting("fsdp", "trainer, by the name its plugin registers", metavar="NAME")
+    sampler: str = _setting("colocated", "sampler, by the name its plugin registers, or 'none'", metavar="NAME")
+    host: str = _setting("127.0.0.1", "address to listen on")
+    port: int = _setting(8000, "port to listen on; 0 takes a free one and prints it")
+    data_dir: str = _setting("~/.tinker-server", "directory of the control database and the checkpoints", metavar="DIR")
+    dtype: str = _setting("float32", "type of base weights and activations; adapters are always float32", DTYPES)
+    device: str = _setting("auto", "where models run; auto takes cuda where an NVIDIA device is present", DEVICES)
+    num_ranks: int = _setting(1, "worker processes (with cuda: devices) per base model")
+    micro_batch_tokens: int = _setting(2048, "most tokens that a trainer packs into one micro-pass")
+    max_models: int = _setting(64, "most trainable models at a time, per base model")
+    max_lora_rank: int = _setting(128, "highest LoRA rank that clients may ask for")
+    max_context_length: int | None = _setting(None, "bound on sequence lengths below the base models' own")
+    max_decode_batch: int = _setting(64, "most sequences that are sampled together")
+    max_revisions: int = _setting(64, "most sampler revisions kept in memory, per base model; more are spilled to disk")
+    body_limit: int = _setting(DEFAULT_BODY_LIMIT, "most bytes of one request body, before and after decompression")
+    access_log: bool = _setting(False, "log every HTTP request")
+    insecure_any_host: bool = _setting(False, "allow a --host other than loopback although this server checks no keys")
+    options: Mapping[str, OptionValue] = attrs.field(factory=dict)
+    """Settings of the chosen plugins by name."""
+
+    def __attrs_post_init__(self) -> None:
+        for name, least in _MINIMA.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigurationError(f"{flag_of(name)} must be at least {least}, got {value}")
+        if self.port > 65535:
+            raise ConfigurationError(f"--port must be at most 65535, got {self.port}")
+        for name, choices in (("dtype", DTYPES), ("device", DEVICES)):
+            if getattr(self, name) not in choices:
+                raise ConfigurationError(
+                    f"{flag_of(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        _check_host(self.host, self.insecure_any_host)
+
+    def engine_config(self, *, plugins: tuple[str, ...], device: str) -> EngineConfig:
+        """The engine's share; ``device`` is decided by now, and ``plugins`` is what worker processes load."""
+        return EngineConfig(
+            base_models=self.base_models,
+            data_dir=Path(self.data_dir).expanduser().resolve(),
+            backend=self.backend,
+            sampler=None if self.sampler == NO_SAMPLER else self.sampler,
+            plugins=plugins,
+            num_ranks=self.num_ranks,
+            device=device,
+            dtype=self.dtype,
+            micro_batch_tokens=self.micro_batch_tokens,
+            max_models=self.max_models,
+            max_lora_rank=self.max_lora_rank,
+            max_context_length=self.max_context_length,
+            max_revisions=self.max_revisions,
+            max_decode_batch=self.max_decode_batch,
+            options=dict(self.options),
+        )
+
+
+_MINIMA = {
+    "port": 0,
+    "num_ranks": 1,
+    "micro_batch_tokens": 1,
+    "max_models": 1,
+    "max_lora_rank": 1,
+    "max_context_length": 1,
+    "max_decode_batch": 1,
+    "max_revisions": 1,
+    "body_limit": 1024 * 1024,
+}
+
+
+def flag_of(field: str) -> str:
+    """The flag of a field: ``max_models`` is ``--max-models``."""
+    return "--" + field.replace("_", "-")
+
+
+def settings() -> dict[str, attrs.Attribute[Any]]:
+    """The plain settings by field name: those with a flag of their own shape, so neither models nor plugin options."""
+    return {field.name: field for field in attrs.fields(ServerConfig) if field.metadata.get("help")}
+
+
+def type_of(field: attrs.Attribute[Any]) -> type[str] | type[int] | type[bool]:
+    """What a setting holds."""
+    text = str(field.type)
+    return bool if text == "bool" else int if text.startswith("int") else str
+
+
+def _check_host(host: str, insecure: bool) -> None:
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback and not insecure:
+        raise ConfigurationError(
+            f"--host {host} would let everyone who reaches this machine use it, for this server checks no API keys; "
+            "keep 127.0.0.1 and connect through an SSH tunnel, or say --insecure-any-host"
+        )
+
+
+def build_config(given: Mapping[str, object], base_models: Sequence[str], options: Sequence[Option]) -> ServerConfig:
+    """A configuration from what flags gave, on top of the TOML file that ``given["config"]`` may name.
+
+    ``given`` holds settings and plugin options by field name; ``base_models`` are the raw ``--base-model`` texts, and
+    replace the file's models when there are any. Raises `ConfigurationError` that names the setting.
+    """
+    values = dict(given)
+    path = values.pop("config", None)
+    file_values, file_models = read_config_file(Path(str(path)), options) if path is not None else ({}, ())
+    merged = {**file_values, **values}
+    names = settings()
+    models = check_distinct([parse_base_model(text) for text in base_models] or file_models)
+    own = {key: value for key, value in merged.items() if key in names}
+    chosen = {key.replace("_", "-"): value for key, value in merged.items() if key not in names}
+    return ServerConfig(base_models=models, options=chosen, **own)  # type: ignore[arg-type]
+
+
+def read_config_file(path: Path, options: Sequence[Option]) -> tuple[dict[str, object], tuple[BaseModelSpec, ...]]:
+    """Settings by field name and the ``[[models]]`` of a TOML file."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"--config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--config {path} is not TOML: {error}") from error
+    models = content.pop("models", [])
+    kinds: dict[str, type] = {name: type_of(field) for name, field in settings().items()}
+    kinds |= {option.name.replace("-", "_"): option.type for option in options}
+    values: dict[str, object] = {}
+    for key, value in content.items():
+        field = key.replace("-", "_")
+        if field not in kinds:
+            known = ", ".join(sorted([*(name.replace("_", "-") for name in kinds), "models"]))
+            raise ConfigurationError(f"{path}: unknown key {key!r}; known keys: {known}")
+        values[field] = _checked(f"{path}: {key}", value, kinds[field])
+    return values, _models_of(path, models)
+
+
+def _checked(where: str, value: object, kind: type) -> object:
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigurationError(f"{where} must be of type {kind.__name__}, got {value!r}")
+    return value
+
+
+_MODEL_KEYS: dict[str, type] = {"name": str, "path": str, "trainable": bool, "sampleable": bool}
+
+
+def _models_of(path: Path, tables: object) -> tuple[BaseModelSpec, ...]:
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ConfigurationError(f"{path}: models must be tables, written [[models]]")
+    models = []
+    for number, table in enumerate(tables):
+        where = f"{path}: models[{number}]"
+        unknown = sorted(table.keys() - _MODEL_KEYS.keys())
+        if unknown:
+            raise ConfigurationError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(_MODEL_KEYS)}")
+        values = {key: _checked(f"{where}.{key}", value, _MODEL_KEYS[key]) for key, value in table.items()}
+        name, source = values.pop("name", None), values.pop("path", None)
+        if name is None and source is None:
+            raise ConfigurationError(f"{where} needs a name or a path")
+        models.append(make_base_model(str(name or source), str(source or name), **values))  # type: ignore[arg-type]
+    return tuple(models)

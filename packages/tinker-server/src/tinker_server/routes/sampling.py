@@ -1,0 +1,71 @@
+"""Sampling sessions and samples."""
+
+from __future__ import annotations
+
+import attrs
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from tinker_core.errors import CheckpointMismatchError
+from tinker_core.types import CreateSamplingSessionInput
+from tinker_server.routes.submissions import accept
+from tinker_server.services import Services, answer
+from tinker_server.wire.records import sampler_to_json
+from tinker_server.wire.rejected import RejectedRequest
+from tinker_server.wire.results import receipt
+from tinker_server.wire.sampling import read_asample, read_create_sampling_session
+
+
+class SamplingRoutes:
+    """create_sampling_session, samplers and asample."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._engine = services.engine
+
+    def routes(self) -> list[BaseRoute]:
+        """All routes of this noun."""
+        return [
+            Route("/api/v1/create_sampling_session", self.create_sampling_session, methods=["POST"]),
+            Route("/api/v1/samplers/{sampling_session_id}", self.sampler, methods=["GET"]),
+            Route("/api/v1/asample", self.asample, methods=["POST"]),
+        ]
+
+    async def create_sampling_session(self, request: Request) -> Response:
+        """Open a sampling session; answered at once."""
+        owner = self._services.owner(request)
+        wanted = await self._services.read(request, read_create_sampling_session)
+        if wanted.base_model is not None and wanted.model_path is not None:
+            wanted = await self._check_base_model(wanted, wanted.model_path, owner)
+        sampler = await self._engine.create_sampling_session(wanted, owner)
+        return answer({"type": "create_sampling_session", "sampling_session_id": sampler.sampling_session_id})
+
+    async def _check_base_model(
+        self, wanted: CreateSamplingSessionInput, model_path: str, owner: str
+    ) -> CreateSamplingSessionInput:
+        """Clients may name the base model beside a path; the path decides, so the two must agree."""
+        checkpoint = await self._engine.checkpoint(model_path, owner)
+        if checkpoint.base_model != wanted.base_model:
+            raise CheckpointMismatchError(
+                f"{model_path!r} is of base model {checkpoint.base_model!r}, not {wanted.base_model!r}; "
+                "leave base_model out"
+            )
+        return attrs.evolve(wanted, base_model=None)
+
+    async def sampler(self, request: Request) -> Response:
+        """What a sampling session serves."""
+        sampling_session_id = request.path_params["sampling_session_id"]
+        return answer(sampler_to_json(await self._engine.sampler(sampling_session_id, self._services.owner(request))))
+
+    async def asample(self, request: Request) -> Response:
+        """Sample; the receipt names every sequence to come."""
+        owner = self._services.owner(request)
+        decoded = await self._services.read(request, read_asample)
+        if isinstance(decoded, RejectedRequest):
+            await self._engine.sampler(decoded.model_id, owner)
+        accepted = await accept(self._services, decoded, owner)
+        if accepted.sample_sequence_ids is None:
+            # A sample that failed to decode names no sequences, but clients insist on names.
+            accepted = attrs.evolve(accepted, sample_sequence_ids=(f"{accepted.request_id}:0",))
+        return answer(receipt(accepted))

@@ -1,0 +1,28 @@
+"""Requests that can be placed but not understood."""
+
+from __future__ import annotations
+
+import attrs
+
+from tinker_core.errors import TinkerError
+from tinker_core.types import RequestError, RequestType
+
+
+@attrs.frozen(kw_only=True)
+class RejectedRequest:
+    """A request whose place in its queue is known and whose content is wrong.
+
+    It must be accepted and its future failed: a refused submission leaves the client with a hole in its sequence.
+    """
+
+    model_id: str
+    """The model; for samples, the sampling session."""
+    seq_id: int
+    """The place; 0 for requests that create a model."""
+    request_type: RequestType
+    error: RequestError
+
+
+def request_error(error: TinkerError) -> RequestError:
+    """An error as its future reports it."""
+    return RequestError(category=error.category, code=type(error).__name__, message=str(error))

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Fine-tunes a small language model through tinker-server, from nothing: installs into .cache/venv, prepares model and
+# server, runs an example, and stops the server. Arguments: [supervised|rl] [flags of tinker-server...]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/environment.sh
+
+example=supervised
+case "${1:-}" in supervised | rl) example=$1 && shift ;; esac
+
+environment requirements/server.txt requirements/quickstart.txt
+model=$(python scripts/prepare_smollm2.py)
+output=quickstart-output
+log=$output/server.log
+mkdir -p "$output"
+# One thread per process: training and the client's own work share few cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=PASSIVE
+
+say "starting tinker-server; its log is $log"
+pipe=$output/server.pipe
+rm -f "$pipe" && mkfifo "$pipe"
+tinker-server --backend fsdp --dtype bfloat16 --base-model "$model" --port 0 --data-dir "$output/data" "$@" \
+    >"$pipe" 2>&1 &
+server=$!
+trap 'kill "$server" 2>/dev/null; wait "$server" 2>/dev/null || true' EXIT
+exec 3<"$pipe"
+rm "$pipe"
+: >"$log"
+url=
+while [ -z "$url" ] && IFS= read -r line <&3; do
+    printf '%s\n' "$line" >>"$log"
+    url=$(sed -n 's/^tinker-server ready on \([^ ]*\) .*/\1/p' <<<"$line")
+done
+if [ -z "$url" ]; then
+    say "the server did not start:"
+    tail -n 20 "$log" >&2
+    exit 1
+fi
+cat <&3 >>"$log" &
+
+export TINKER_BASE_URL=$url TINKER_API_KEY=tml-local
+case $example in
+    supervised) python examples/supervised.py --picture "$output/loss.png" ;;
+    rl) python examples/rl.py ;;
+esac
+say "stopping the server"
+kill "$server"
+wait "$server"
+trap - EXIT

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import httpx
+import pytest
+
+from tests.serving import serve_in_thread
+from tinker_core.engine import Engine, EngineConfig
+from tinker_core.plugins import Plugins
+from tinker_core.testing.fakes import FAKE_PLUGIN
+from tinker_core.types import BaseModelSpec
+from tinker_server.app import create_app
+
+CAPTURES = [
+    json.loads(line) for line in (Path(__file__).parent / "captures" / "main_flow.jsonl").read_text().splitlines()
+]
+
+
+@attrs.frozen(kw_only=True)
+class Api:
+    """The server's API as raw HTTP."""
+
+    url: str
+    http: httpx.Client
+
+    def post(self, path: str, body: object = None, **kwargs: Any) -> httpx.Response:
+        if body is not None:
+            kwargs["content"] = json.dumps(body)
+            kwargs.setdefault("headers", {})["content-type"] = "application/json"
+        return self.http.post(f"/api/v1/{path}", **kwargs)
+
+    def get(self, path: str, **kwargs: Any) -> httpx.Response:
+        return self.http.get(f"/api/v1/{path}", **kwargs)
+
+    def session(self) -> str:
+        return str(self.post("create_session", {"tags": [], "sdk_version": "0"}).json()["session_id"])
+
+    def retrieve(self, request_id: str, accept: str = "application/json") -> httpx.Response:
+        while True:
+            response = self.post("retrieve_future", {"request_id": request_id}, headers={"accept": accept})
+            if response.status_code != 408:
+                return response
+
+    def run(self, path: str, body: object = None, **kwargs: Any) -> dict[str, Any]:
+        """Submit, expect a receipt, and return the JSON result."""
+        submitted = self.post(path, body, **kwargs)
+        assert submitted.status_code == 200, submitted.text
+        result: dict[str, Any] = self.retrieve(submitted.json()["request_id"]).json()
+        return result
+
+    def model(self, session_id: str, model_seq_id: int = 0, **fields: Any) -> str:
+        body = {"session_id": session_id, "model_seq_id": model_seq_id, "base_model": "tiny"}
+        result = self.run("create_model", {**body, "lora_config": {"rank": 4}, **fields})
+        return str(result["model_id"])
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    plugins = Plugins.load("core", FAKE_PLUGIN)
+    config = EngineConfig(
+        base_models=(BaseModelSpec(name="tiny", path="tiny"),),
+        data_dir=tmp_path_factory.mktemp("data"),
+        backend="fake",
+        sampler="fake",
+        plugins=(FAKE_PLUGIN,),
+    )
+    app = create_app(Engine(config, plugins), plugins=plugins, poll_seconds=5.0, body_limit=8 * 1024 * 1024)
+    with serve_in_thread(app) as url, httpx.Client(base_url=url, timeout=60) as http:
+        yield Api(url=url, http=http)
