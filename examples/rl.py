@@ -54,10 +54,10 @@ def main() -> None:
 
     with tinker.ServiceClient() as service:
         model = args.model or service.get_server_capabilities().supported_models[0].model_name
-        training = service.create_lora_training_client(base_model=model, rank=args.rank, seed=0)
+        training = service.create_lora_training_client(base_model=model, rank=args.rank, seed=0).result()
         tokenizer = training.get_tokenizer()
         for step in range(args.steps):
-            policy = training.save_weights_and_get_sampling_client()
+            policy = training.save_weights_and_get_sampling_client().result()
             prompts = [make_prompt(tokenizer, rng) for _ in range(args.prompts)]
             futures = [
                 policy.sample(types.ModelInput.from_ints(prompt), args.group_size, sampling_params)

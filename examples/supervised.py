@@ -83,7 +83,7 @@ def main() -> None:
 
     with tinker.ServiceClient() as service:
         model = args.model or service.get_server_capabilities().supported_models[0].model_name
-        training = service.create_lora_training_client(base_model=model, rank=args.rank, seed=0)
+        training = service.create_lora_training_client(base_model=model, rank=args.rank, seed=0).result()
         tokenizer = training.get_tokenizer()
         data = [make_datum(tokenizer, *pair) for pair in load_pairs(seed=0)]
         data = [datum for datum in data if datum.model_input.length <= 128]
@@ -92,7 +92,8 @@ def main() -> None:
         def evaluate() -> float:
             return loss_per_token(training.forward(held_out, "cross_entropy").result(), held_out)
 
-        answer_before = ask(service.create_sampling_client(base_model=model), tokenizer, QUESTION)
+        base = service.create_sampling_client(base_model=model).result()
+        answer_before = ask(base, tokenizer, QUESTION)
         train_losses, held_out_losses = [], {0: evaluate()}
         progress = tqdm(range(args.steps), desc="training", unit="step")
         for step in progress:
@@ -106,13 +107,14 @@ def main() -> None:
             if (step + 1) % 10 == 0 or step + 1 == args.steps:
                 held_out_losses[step + 1] = evaluate()
             progress.set_postfix(loss=f"{train_losses[-1]:.3f}")
-        tuned = training.save_weights_and_get_sampling_client(name="final")
+        saved = training.save_weights_for_sampler(name="final").result()
+        tuned = service.create_sampling_client(model_path=saved.path).result()
         answer_after = ask(tuned, tokenizer, QUESTION)
 
     draw(args.picture, train_losses, held_out_losses)
     print(f"held-out loss per token: {held_out_losses[0]:.3f} before, {held_out_losses[args.steps]:.3f} after")
     print(f"{QUESTION}\n  before: {answer_before!r}\n  after:  {answer_after!r}")
-    print(f"loss curve: {args.picture}")
+    print(f"saved as {saved.path}; loss curve in {args.picture}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.core.conftest import EngineFactory, forward_backward
+from tinker_core.errors import InvalidLoraConfigError, PluginError
+from tinker_core.executors.local import start_local
+from tinker_core.interfaces import WorkerGroupSpec
+from tinker_core.testing import start_group
+from tinker_core.testing.fakes import FAKE_PLUGIN
+from tinker_core.types import (
+    BaseModelSpec,
+    ForwardBackwardOutput,
+    LoraConfig,
+    OptimizerConfig,
+    PreparedModel,
+    RequestError,
+)
+
+
+def spec(num_ranks: int = 1, trainer: str = "fake") -> WorkerGroupSpec:
+    return WorkerGroupSpec(
+        base_model=BaseModelSpec(name="tiny", path="tiny"),
+        trainer=trainer,
+        sampler="fake",
+        plugins=(FAKE_PLUGIN,),
+        num_ranks=num_ranks,
+        device="cpu",
+        dtype="float32",
+    )
+
+
+def children() -> dict[int, int]:
+    """Rank processes of this process, by rank."""
+    lines = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    ranks = [line.split() for line in lines if "tinker_core.executors.rank" in line]
+    return {int(words[-1]): int(words[0]) for words in ranks}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_group_runs_commands_and_reports_errors_by_their_class(num_ranks: int) -> None:
+    with start_group(spec(num_ranks)) as group:
+        assert group.call("capabilities").trainer.architecture == "fake"
+        bad = PreparedModel(model_id="m", lora_config=LoraConfig(rank=999), optimizer_config=OptimizerConfig())
+        with pytest.raises(InvalidLoraConfigError, match="999"):
+            group.call("create", bad)
+        assert sorted(children()) == list(range(num_ranks))
+    assert children() == {}
+
+
+def test_a_group_that_cannot_be_built_raises_the_ranks_own_error() -> None:
+    async def body() -> None:
+        with pytest.raises(PluginError, match="'other'.*known: fake"):
+            await start_local(spec(trainer="other"))
+
+    asyncio.run(body())
+    assert children() == {}
+
+
+def test_ranks_end_when_their_parent_dies() -> None:
+    script = (
+        "import asyncio, os\n"
+        "from tests.core.test_executor_local import children, spec\n"
+        "from tinker_core.executors.local import start_local\n"
+        "async def main():\n"
+        "    group = await start_local(spec(2))\n"
+        "    print(*children().values(), flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "asyncio.run(main())\n"
+    )
+    root = Path(__file__).parents[2]
+    parent = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=False)
+    assert parent.returncode == -signal.SIGKILL
+    pids = [int(pid) for pid in parent.stdout.split()]
+    assert len(pids) == 2
+    for pid in pids:
+        _wait_until_gone(pid)
+
+
+def _wait_until_gone(pid: int) -> None:
+    """Wait on a process that is not our child; its pidfd becomes readable when it ends."""
+    import select
+
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        assert select.select([descriptor], [], [], 20.0)[0], f"process {pid} outlived its parent"
+    finally:
+        os.close(descriptor)
+
+
+def test_a_dead_worker_fails_its_requests_and_new_models_work_afterwards(open_engine: EngineFactory) -> None:
+    async def body() -> None:
+        async with open_engine() as client:
+            model_id = await client.create(0)
+            os.kill(children()[0], signal.SIGKILL)
+            outputs = [await client.run(forward_backward(model_id, seq_id)) for seq_id in (1, 2)]
+            for output in outputs:
+                assert isinstance(output, RequestError)
+                assert (output.category, output.code) == ("server", "WorkerLostError")
+            fresh = await client.create(1)
+            assert isinstance(await client.run(forward_backward(fresh, 1)), ForwardBackwardOutput)
+
+    asyncio.run(body())
