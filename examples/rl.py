@@ -50,15 +50,15 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     args = parser.parse_args()
     rng = random.Random(0)
-    sampling_params = types.SamplingParams(max_tokens=8, temperature=1.0)
 
     with tinker.ServiceClient() as service:
-        model = args.model or service.get_server_capabilities().supported_models[0].model_name
+        model = args.model or tinker.RestClient().get_server_capabilities().result().supported_models[0].model_name
         training = service.create_lora_training_client(base_model=model, rank=args.rank, seed=0).result()
         tokenizer = training.get_tokenizer()
         for step in range(args.steps):
             policy = training.save_weights_and_get_sampling_client().result()
             prompts = [make_prompt(tokenizer, rng) for _ in range(args.prompts)]
+            sampling_params = types.SamplingParams(max_tokens=8, temperature=1.0, seed=step)
             futures = [
                 policy.sample(types.ModelInput.from_ints(prompt), args.group_size, sampling_params)
                 for prompt in prompts

@@ -65,6 +65,7 @@ def draw(path: Path, train: list[float], held_out: dict[int, float]) -> None:
     plt.plot(range(1, len(train) + 1), train, label="training batch")
     plt.plot(list(held_out), list(held_out.values()), "o-", label="held out")
     plt.xlabel("step")
+    plt.xticks(range(0, len(train) + 1, max(1, len(train) // 10)))
     plt.ylabel("loss per token (nats)")
     plt.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +83,7 @@ def main() -> None:
     args = parser.parse_args()
 
     with tinker.ServiceClient() as service:
-        model = args.model or service.get_server_capabilities().supported_models[0].model_name
+        model = args.model or tinker.RestClient().get_server_capabilities().result().supported_models[0].model_name
         training = service.create_lora_training_client(base_model=model, rank=args.rank, seed=0).result()
         tokenizer = training.get_tokenizer()
         data = [make_datum(tokenizer, *pair) for pair in load_pairs(seed=0)]

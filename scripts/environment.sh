@@ -43,13 +43,13 @@ environment() {
     unset PYTHONHOME PYTHONPATH
     if ! python -c 'import torch' >/dev/null 2>&1; then
         say "installing torch (once, a few minutes)"
-        python -m pip install -qq "$(grep '^torch==' constraints.txt)"
+        python -m pip install -qq --no-compile "$(grep '^torch==' constraints.txt)"
     fi
     for file in "$@"; do
         stamp=$venv/$(basename "$file").$(cat "$file" constraints.txt packages/*/pyproject.toml | sha256sum | cut -c 1-16)
         [ -e "$stamp" ] && continue
         say "installing $file"
-        python -m pip install -qq --constraint constraints.txt --requirement "$file"
+        python -m pip install -qq --no-compile --constraint constraints.txt --requirement "$file"
         touch "$stamp"
     done
 }

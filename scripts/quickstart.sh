@@ -13,8 +13,8 @@ model=$(python scripts/prepare_smollm2.py)
 output=quickstart-output
 log=$output/server.log
 mkdir -p "$output"
-# One thread per process: training and the client's own work share few cores.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=PASSIVE
+# The other half of the cores is for the server and the client.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}" OMP_WAIT_POLICY=PASSIVE
 
 # Without the processor's bfloat16 instructions, float32 is several times faster.
 dtype=float32

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
-import in_process as lib
 import numpy as np
 import pytest
 import torch
-from models import write_tiny_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from tests.fsdp import in_process as lib
+from tests.models import write_tiny_model
 from tinker_backend_fsdp.trainer import FsdpTrainer
 from tinker_core.types import Datum, PreparedModelPass, SnapshotParts, TensorData, TensorDType
 

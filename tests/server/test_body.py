@@ -23,7 +23,13 @@ def plain(data: bytes, encoding: str) -> bytes:
 
 @pytest.mark.parametrize(
     ("data", "encoding"),
-    [(DATA, ""), (DATA, "identity"), (zstd(DATA), "zstd"), (zstd(DATA, sized=False), "zstd"), (gzip.compress(DATA), "GZIP")],
+    [
+        (DATA, ""),
+        (DATA, "identity"),
+        (zstd(DATA), "zstd"),
+        (zstd(DATA, sized=False), "zstd"),
+        (gzip.compress(DATA), "GZIP"),
+    ],
 )
 def test_encodings(data: bytes, encoding: str) -> None:
     assert plain(data, encoding) == DATA

@@ -27,7 +27,8 @@ def environment() -> dict[str, str]:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False, env=environment())
+    command = [*COMMAND, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), timeout=120)
 
 
 @contextmanager
@@ -84,7 +85,10 @@ def test_a_server_says_when_it_is_ready_and_stops_cleanly(tmp_path: Path, number
 
 
 def test_a_signal_ends_long_polls_at_once(tmp_path: Path) -> None:
-    with running(*FAKE, "--data-dir", str(tmp_path), "--port", "0") as (process, url), httpx.Client(base_url=url) as http:
+    with (
+        running(*FAKE, "--data-dir", str(tmp_path), "--port", "0") as (process, url),
+        httpx.Client(base_url=url) as http,
+    ):
 
         def post(path: str, body: dict[str, object]) -> dict[str, str]:
             answer: dict[str, str] = http.post(f"/api/v1/{path}", json=body).json()
@@ -96,9 +100,8 @@ def test_a_signal_ends_long_polls_at_once(tmp_path: Path) -> None:
         model_id = post("retrieve_future", {"request_id": created})["model_id"]
         empty = {"loss_fn": "cross_entropy", "data": []}
         stuck = post("forward_backward", {"model_id": model_id, "seq_id": 2, "forward_backward_input": empty})
-        with httpx.stream("POST", f"{url}/healthz"):
-            pass
-        with socket.create_connection(url.removeprefix("http://").split(":")) as raw:
+        address = httpx.URL(url)
+        with socket.create_connection((address.host, address.port)) as raw:
             body = json.dumps({"request_id": stuck["request_id"]}).encode()
             head = f"POST /api/v1/retrieve_future HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
             raw.sendall(head.encode() + body)
@@ -108,6 +111,28 @@ def test_a_signal_ends_long_polls_at_once(tmp_path: Path) -> None:
         assert process.wait(timeout=60) == 0
 
 
+BROKEN_PLUGIN = """
+from tinker_core.errors import ConfigurationError
+from tinker_core.hookspecs import hookimpl
+from tinker_core.interfaces import TrainerPlugin
+
+def build(context, parts):
+    raise ConfigurationError(f"{context.base_model.name} has no weights")
+
+@hookimpl
+def tinker_register_trainer(register):
+    register(TrainerPlugin(name="broken", build=build))
+"""
+
+
 def test_a_model_that_cannot_start_ends_the_server(tmp_path: Path) -> None:
-    done = run(*FAKE[:-1], "broken", "--data-dir", str(tmp_path), "--port", "0", "--num-ranks", "2")
-    assert done.returncode in (0, 1)
+    package = tmp_path / "acme_broken"
+    package.mkdir()
+    (package / "plugin.py").write_text(BROKEN_PLUGIN)
+    variables = {**os.environ, "TINKER_PLUGINS": "acme_broken.plugin", "PYTHONPATH": str(tmp_path)}
+    arguments = ["--backend", "broken", "--sampler", "none", "--base-model", "tiny", "--port", "0"]
+    command = [*COMMAND, *arguments, "--data-dir", str(tmp_path / "data")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables, timeout=120)
+    assert done.returncode == 1
+    assert "tiny has no weights" in done.stderr
+    assert "ready on" not in done.stderr

@@ -73,7 +73,7 @@ MODELS = '[[models]]\nname = "a/b"\npath = "c"\nsampleable = false\n[[models]]\n
 
 
 def test_a_file_says_the_same(tmp_path: Path) -> None:
-    file = write(tmp_path, f'port = 9000\nmax-models = 3\naccess_log = true\n{MODELS}')
+    file = write(tmp_path, f"port = 9000\nmax-models = 3\naccess_log = true\n{MODELS}")
     config = parse("--config", file, "--port", "9001")
     assert (config.port, config.max_models, config.access_log) == (9001, 3, True)
     assert [(model.name, model.path, model.sampleable) for model in config.base_models] == [

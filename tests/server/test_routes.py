@@ -145,7 +145,12 @@ def test_a_body_beyond_the_limit(api: Api) -> None:
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(CapacityError("full"), 400), (NonFiniteError("nan"), 400), (StorageError("disk"), 500), (WorkerLostError("x"), 503)],
+    [
+        (CapacityError("full"), 400),
+        (NonFiniteError("nan"), 400),
+        (StorageError("disk"), 500),
+        (WorkerLostError("x"), 503),
+    ],
 )
 def test_no_error_is_one_that_clients_retry_in_vain(error: TinkerError, status: int) -> None:
     assert status_of(error) == status
@@ -216,7 +221,11 @@ BAD_PASSES = [
     ([with_targets([4])], "cross_entropy", "data[0]"),
     ([with_targets([4, 10**6])], "cross_entropy", "data[0]"),
     ([DATUM, {**DATUM, "model_input": {"chunks": [{"tokens": [3, -1]}]}}], "cross_entropy", "data[1]"),
-    ([{**DATUM, "model_input": {"chunks": [{"type": "image", "data": "aGk=", "format": "png"}]}}], "cross_entropy", "text"),
+    (
+        [{**DATUM, "model_input": {"chunks": [{"type": "image", "data": "aGk=", "format": "png"}]}}],
+        "cross_entropy",
+        "text",
+    ),
     ([DATUM], "no_such_loss", "no_such_loss"),
 ]
 
@@ -279,11 +288,14 @@ def test_a_checkpoint_fixes_what_metadata_says(api: Api) -> None:
 
 def test_bad_samples_fail_in_their_futures_and_name_a_sequence(api: Api) -> None:
     session_id = api.session()
-    opened = api.post("create_sampling_session", {"session_id": session_id, "sampling_session_seq_id": 0, "base_model": "tiny"})
+    opened = api.post(
+        "create_sampling_session", {"session_id": session_id, "sampling_session_seq_id": 0, "base_model": "tiny"}
+    )
     sampler = opened.json()["sampling_session_id"]
     assert api.get(f"samplers/{sampler}").json()["base_model"] == "tiny"
     request = {"sampling_session_id": sampler, "prompt": {"chunks": [{"tokens": [3]}]}}
-    for seq_id, params in enumerate([{"min_p": 1}, {"stop": {}}, {"top_k": 1.5}, {"top_p": "x"}]):
+    mistakes: list[dict[str, Any]] = [{"min_p": 1}, {"stop": {}}, {"top_k": 1.5}, {"top_p": "x"}]
+    for seq_id, params in enumerate(mistakes):
         submitted = api.post("asample", {**request, "seq_id": seq_id, "sampling_params": params})
         assert len(submitted.json()["sample_sequence_ids"]) == 1
         failed = api.retrieve(submitted.json()["request_id"]).json()
@@ -297,7 +309,12 @@ def test_bad_samples_fail_in_their_futures_and_name_a_sequence(api: Api) -> None
 
 def test_a_sample_for_nobody_is_refused_at_once(api: Api) -> None:
     for params in ({}, {"min_p": 1}):
-        request = {"sampling_session_id": "s:sample:0", "seq_id": 0, "prompt": {"chunks": []}, "sampling_params": params}
+        request = {
+            "sampling_session_id": "s:sample:0",
+            "seq_id": 0,
+            "prompt": {"chunks": []},
+            "sampling_params": params,
+        }
         answer = api.post("asample", request)
         assert answer.status_code == 404
 

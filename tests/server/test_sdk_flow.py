@@ -79,8 +79,7 @@ def test_sampling_from_saved_and_ephemeral_weights(service: tinker.ServiceClient
     model = new_model(service)
     prompt = types.ModelInput.from_ints([3, 4, 5])
     params = types.SamplingParams(max_tokens=5, temperature=0.0)
-    ephemeral = model.save_weights_and_get_sampling_client()
-    ephemeral = ephemeral.result() if hasattr(ephemeral, "result") else ephemeral
+    ephemeral = model.save_weights_and_get_sampling_client().result()
     answer = ephemeral.sample(prompt, 2, params).result()
     assert len(answer.sequences) == 2
     for sequence in answer.sequences:

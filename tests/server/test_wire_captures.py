@@ -63,6 +63,7 @@ def body_of(capture: dict[str, Any]) -> Body:
 
 
 def captured(name: str) -> dict[str, Any]:
+    found: dict[str, Any]
     (found,) = [capture for capture in CAPTURES if capture["name"].startswith(name)]
     return found
 
@@ -167,9 +168,7 @@ def integers(values: list[Any]) -> TensorData:
 
 def test_the_result_of_a_pass_is_byte_for_byte_the_recorded_message() -> None:
     metrics = {"loss:sum": 4.0, "tokens:sum": 2.0, "m:mean": 2.0, "mx:max": 2.0}
-    output = ForwardBackwardOutput(
-        loss_fn_outputs=({"logprobs": floats(4)}, {"logprobs": floats(6)}), metrics=metrics
-    )
+    output = ForwardBackwardOutput(loss_fn_outputs=({"logprobs": floats(4)}, {"logprobs": floats(6)}), metrics=metrics)
     encoded = encode(output, PROTOBUF)
     assert encoded.media_type == PROTOBUF
     ours = tinker_public_pb2.ForwardBackwardOutput.FromString(encoded.content)

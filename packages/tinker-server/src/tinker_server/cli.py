@@ -27,8 +27,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     for chatty in ("uvicorn", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    if "--access-log" in given:
-        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
     try:
         names = plugin_names(os.environ)
         plugins = Plugins.load(*names)

@@ -34,6 +34,7 @@ FEW_FILES = 4096
 
 def serve(config: ServerConfig, engine_config: EngineConfig, plugins: Plugins) -> int:
     """Serve until a signal stops it; the exit status. 0 is a clean stop, 1 a model that did not start."""
+    logging.getLogger("uvicorn.access").setLevel(logging.INFO if config.access_log else logging.WARNING)
     raise_file_limit()
     listener = open_socket(config.host, config.port)
     try:
@@ -87,12 +88,19 @@ class TinkerUvicorn(uvicorn.Server):
         try:
             await self._engine.wait_ready()
         except TinkerError as error:
-            sys.stderr.write(f"tinker-server: {error}\n")
-            self.exit_status = 1
-            self.should_exit = True
+            self._fail(str(error))
+            return
+        except Exception as error:
+            _LOGGER.exception("the engine did not start")
+            self._fail(f"the engine did not start: {type(error).__name__}: {error}")
             return
         sys.stderr.write(f"{self._ready_line}\n")
         sys.stderr.flush()
+
+    def _fail(self, reason: str) -> None:
+        sys.stderr.write(f"tinker-server: {reason}\n")
+        self.exit_status = 1
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End long polls, drain, stop the engine."""

@@ -20,17 +20,17 @@ from tinker_core.encoding import make_converter
 from tinker_core.errors import (
     CapacityError,
     CheckpointMismatchError,
-    InvalidDatumError,
     InvalidLoraConfigError,
     InvalidRequestError,
     NonFiniteError,
     TinkerError,
-    UnknownLossError,
     UnknownModelError,
 )
 from tinker_core.executors.rank_loop import describe_error
 from tinker_core.hookspecs import hookimpl
-from tinker_core.interfaces import RankContext, SamplerPlugin, Trainer, TrainerParts, TrainerPlugin
+from tinker_core.interfaces import LossPlugin, RankContext, SamplerPlugin, Trainer, TrainerParts, TrainerPlugin
+from tinker_core.testing.faults import FAILING_LOSS
+from tinker_core.training.validation import PassLimits, check_pass
 from tinker_core.types import (
     AdamParams,
     CheckpointManifest,
@@ -59,6 +59,25 @@ VOCAB_SIZE = 64
 HIDDEN = 16
 CONTEXT_LENGTH = 512
 EOS = 1
+
+
+def _computed_in_numpy(logprobs: object, context: object) -> Any:  # noqa: ANN401 - a torch tensor, were it called
+    raise NotImplementedError("the fake trainer computes its losses itself")
+
+
+FAKE_LOSSES = {
+    loss.name: loss
+    for loss in (
+        LossPlugin(name="cross_entropy", compute=_computed_in_numpy, optional_inputs=("weights",)),
+        LossPlugin(
+            name="importance_sampling",
+            compute=_computed_in_numpy,
+            required_inputs=("target_tokens", "logprobs", "advantages"),
+        ),
+        LossPlugin(name=FAILING_LOSS, compute=_computed_in_numpy, optional_inputs=("weights",)),
+    )
+}
+"""What the fake trainer can compute, for validation."""
 
 
 class FakeBase:
@@ -163,7 +182,7 @@ class FakeTrainer:
     def capabilities(self) -> TrainerCapabilities:
         """A small text model."""
         return TrainerCapabilities(
-            losses=("cross_entropy", "importance_sampling"),
+            losses=tuple(FAKE_LOSSES),
             optimizers=("adamw",),
             max_lora_rank=self.context.max_lora_rank,
             max_models=self.context.max_models,
@@ -182,7 +201,9 @@ class FakeTrainer:
 
     def create(self, model: PreparedModel) -> None:
         """Make a model."""
-        rank = model.lora_config.rank
+        config, rank = model.lora_config, model.lora_config.rank
+        if not (config.train_attn or config.train_mlp or config.train_unembed or config.target_modules):
+            raise InvalidLoraConfigError("lora_config adapts nothing; set one of its train_* flags")
         if not 1 <= rank <= self.context.max_lora_rank:
             raise InvalidLoraConfigError(f"lora rank {rank} must be 1 to {self.context.max_lora_rank}")
         if len(self._models) >= self.context.max_models:
@@ -195,7 +216,7 @@ class FakeTrainer:
         for request in batch.requests:
             try:
                 output, gradient = yield from self._pass(request)
-            except TinkerError as error:
+            except (TinkerError, RuntimeError) as error:
                 results.append(ModelPassResult(request_id=request.request_id, error=describe_error(error)))
                 continue
             if not request.forward_only:
@@ -211,10 +232,13 @@ class FakeTrainer:
         self, request: PreparedModelPass
     ) -> Generator[None, None, tuple[ForwardBackwardOutput, tuple[Array, Array]]]:
         adapter = self.adapter(request.model_id)
+        limits = PassLimits(vocab_size=VOCAB_SIZE, max_context_length=self.capabilities().max_context_length)
+        check_pass(request, FAKE_LOSSES, limits)
         grad_a, grad_b = np.zeros_like(adapter.a), np.zeros_like(adapter.b)
         outputs, total = [], 0.0
-        for index, datum in enumerate(request.data):
-            tokens, targets = self._check(index, datum)
+        for datum in request.data:
+            tokens = datum.model_input.text_tokens()
+            targets = datum.loss_fn_inputs["target_tokens"].to_numpy().astype(np.int64)
             logprobs = next_token_logprobs(self.base, adapter, tokens)
             chosen = logprobs[np.arange(tokens.size), targets]
             loss, slope = self._loss(request.loss_fn, datum, chosen)
@@ -231,18 +255,6 @@ class FakeTrainer:
         metrics = {"loss:sum": float(total)}
         return ForwardBackwardOutput(loss_fn_outputs=tuple(outputs), metrics=metrics), (grad_a, grad_b)
 
-    def _check(self, index: int, datum: Datum) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        tokens = datum.model_input.text_tokens()
-        if "target_tokens" not in datum.loss_fn_inputs:
-            raise InvalidDatumError(index, "target_tokens is missing")
-        targets = datum.loss_fn_inputs["target_tokens"].to_numpy().astype(np.int64)
-        if tokens.size != targets.size:
-            raise InvalidDatumError(index, f"target_tokens has {targets.size} entries, the input {tokens.size} tokens")
-        for name, ids in (("model_input", tokens), ("target_tokens", targets)):
-            if ids.size == 0 or ids.min() < 0 or ids.max() >= VOCAB_SIZE:
-                raise InvalidDatumError(index, f"{name} must hold token ids 0 to {VOCAB_SIZE - 1}")
-        return tokens, targets
-
     def _loss(self, name: str, datum: Datum, chosen: Array) -> tuple[float, Array]:
         """The loss of one datum and its slope with respect to each logprob."""
         inputs = datum.loss_fn_inputs
@@ -254,7 +266,8 @@ class FakeTrainer:
             advantages = inputs["advantages"].to_numpy().astype(np.float32)
             slope = -np.exp(chosen - old) * advantages
             return float(slope.sum()), slope
-        raise UnknownLossError(name, self.capabilities().losses)
+        assert name == FAILING_LOSS
+        raise RuntimeError("this loss fails in backward")
 
     def optim_step(self, steps: Sequence[PreparedOptimStep]) -> tuple[OptimStepResult, ...]:
         """AdamW in numpy."""

@@ -21,7 +21,7 @@ def pack(lengths: Sequence[int], *, budget: int, num_ranks: int = 1) -> list[lis
         return []
     bins = _cut(lengths, budget)
     slots = -(-len(bins) // num_ranks) * num_ranks
-    low, high = max(lengths), max(budget, max(lengths))
+    low, high = 1, budget
     while low < high:
         middle = (low + high) // 2
         if len(_cut(lengths, middle)) <= slots:

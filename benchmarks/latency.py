@@ -1,0 +1,156 @@
+"""What the server adds to a call: p50 of one forward_backward and one optim_step of a tiny model through the SDK.
+
+The same SDK calls against a stub that answers fixed bytes show what the SDK and HTTP cost by themselves; the same data
+given to the trainer in this process shows what the computation costs.  What remains is the server's own share:
+acceptance, scheduling, the way to the worker and back.  All three are measured in turns in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import tinker
+from support.models import write_tiny_llama
+from support.report import report
+from support.server import running, running_server
+from tinker import types
+
+from tinker_core.executors.build import build_rank, rank_context
+from tinker_core.interfaces import WorkerGroupSpec
+from tinker_core.types import (
+    AdamParams,
+    BaseModelSpec,
+    Datum,
+    LoraConfig,
+    ModelInput,
+    OptimizerConfig,
+    PreparedModel,
+    PreparedModelPass,
+    PreparedModelPassBatch,
+    PreparedOptimStep,
+    TensorData,
+)
+
+NUM_DATA, NUM_TOKENS, RANK = 4, 32, 8
+GOAL_MS = 5.0
+
+
+def client(url: str, base_model: str) -> tinker.TrainingClient:
+    service = tinker.ServiceClient(base_url=url, api_key="tml-benchmark")
+    return service.create_lora_training_client(base_model=base_model, rank=RANK, train_unembed=False).result()
+
+
+def sdk_call(training: tinker.TrainingClient, data: list[types.Datum]) -> Callable[[], None]:
+    def call() -> None:
+        training.forward_backward(data, "cross_entropy").result()
+        training.optim_step(types.AdamParams(learning_rate=1e-4)).result()
+
+    return call
+
+
+def direct_call(model: Path, tokens: np.ndarray, device: str, dtype: str) -> Callable[[], None]:
+    """The trainer in this process, with the plugins that a worker would load."""
+    spec = WorkerGroupSpec(
+        base_model=BaseModelSpec(name="tiny", path=str(model)),
+        trainer="fsdp",
+        sampler=None,
+        plugins=("core", "fsdp"),
+        num_ranks=1,
+        device=device,
+        dtype=dtype,
+    )
+    trainer, _ = build_rank(spec, rank_context(spec, 0, f"file://{tempfile.mkdtemp()}/rendezvous"))
+    lora = LoraConfig(rank=RANK, seed=0, train_unembed=False)
+    trainer.create(PreparedModel(model_id="m", lora_config=lora, optimizer_config=OptimizerConfig()))
+    data = tuple(
+        Datum(
+            model_input=ModelInput.from_ints(row[:-1]),
+            loss_fn_inputs={"target_tokens": TensorData.from_numpy(row[1:].astype(np.int64))},
+        )
+        for row in tokens
+    )
+    batch = PreparedModelPassBatch(
+        requests=(PreparedModelPass(request_id="p", model_id="m", data=data, loss_fn="cross_entropy"),)
+    )
+    step = PreparedOptimStep(request_id="s", model_id="m", adam_params=AdamParams())
+
+    def call() -> None:
+        passes = trainer.forward_backward(batch)
+        while True:
+            try:
+                next(passes)
+            except StopIteration as stop:
+                assert stop.value[0].error is None
+                break
+        trainer.optim_step([step])
+
+    return call
+
+
+def timed(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--repeats", type=int, default=200)
+    arguments = parser.parse_args()
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(2, 256, size=(NUM_DATA, NUM_TOKENS + 1), dtype=np.int32)
+    data = [
+        types.Datum(
+            model_input=types.ModelInput.from_ints(row[:-1].tolist()),
+            loss_fn_inputs={"target_tokens": row[1:].astype(np.int64), "weights": np.ones(NUM_TOKENS, np.float32)},
+        )
+        for row in tokens
+    ]
+    with tempfile.TemporaryDirectory() as directory:
+        model = write_tiny_llama(Path(directory, "model"))
+        flags = ("--device", arguments.device, "--dtype", arguments.dtype)
+        stub = [sys.executable, str(Path(__file__).with_name("support") / "stub.py")]
+        with (
+            running_server(model, Path(directory, "data"), *flags, name="tiny") as url,
+            running(stub, re.compile(r"stub ready on (\S+)")) as stub_url,
+        ):
+            calls = {
+                "sdk_and_server": sdk_call(client(url, "tiny"), data),
+                "sdk_and_stub": sdk_call(client(stub_url, "stub"), data),
+                "direct": direct_call(model, tokens, arguments.device, arguments.dtype),
+            }
+            times: dict[str, list[float]] = {name: [] for name in calls}
+            for index in range(arguments.repeats + 20):
+                for name, call in calls.items():
+                    elapsed = timed(call)
+                    if index >= 20:
+                        times[name].append(elapsed)
+    p50 = {name: statistics.median(values) for name, values in times.items()}
+    share = p50["sdk_and_server"] - p50["sdk_and_stub"] - p50["direct"]
+    for name, value in p50.items():
+        print(f"{name:16} p50 {value:7.2f} ms")
+    print(f"server's share   p50 {share:7.2f} ms (goal: at most {GOAL_MS})")
+    report(
+        "latency",
+        arguments.device,
+        {
+            "dtype": arguments.dtype,
+            "p50_ms": {name: round(value, 3) for name, value in p50.items()},
+            "server_share_ms": round(share, 3),
+            "ratio_to_goal": round(share / GOAL_MS, 3),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

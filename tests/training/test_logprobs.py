@@ -1,0 +1,151 @@
+"""The chunked head beside plain autograd, over a random projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn import functional
+
+from tinker_core.training.adapters import AdapterGradient, AdapterLayout, AdapterWeights, LinearSpec, Segment
+from tinker_core.training.logprobs import HeadDatum, HeadResult, LossHead
+from tinker_core.training.lora import add_lora
+from tinker_core.training.losses import BUILT_IN_LOSSES
+from tinker_core.types import LoraConfig
+
+LOSSES = {loss.name: loss for loss in BUILT_IN_LOSSES}
+HIDDEN, VOCAB, LENGTH = 6, 13, 12
+NAME = "lm_head"
+
+
+class Projection:
+    """Counts the rows of logits that are asked for."""
+
+    name = NAME
+
+    def __init__(self) -> None:
+        self.weight = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
+        self.rows: list[int] = []
+
+    def logits(self, hidden: torch.Tensor, segments: tuple[Segment, ...]) -> torch.Tensor:
+        self.rows.append(hidden.shape[0])
+        logits = functional.linear(hidden, self.weight)
+        add_lora(logits, hidden, NAME, segments)
+        return logits
+
+
+def random_inputs(count: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "target_tokens": torch.randint(VOCAB, (count,), generator=generator),
+        "weights": torch.randn(count, generator=generator),
+        "logprobs": -2 + torch.randn(count, generator=generator),
+        "advantages": torch.randn(count, generator=generator),
+        "sequence_ratio_mask": torch.ones(count),
+    }
+
+
+def head_data(name: str, splits: tuple[int, ...], *, needs_gradient: bool = True) -> list[HeadDatum]:
+    """Data of the given lengths, one after the other; whole-datum losses see each alone."""
+    inputs = random_inputs(LENGTH)
+    data, start = [], 0
+    for owner, length in enumerate(splits):
+        end = start + length
+        data.append(
+            HeadDatum(
+                owner=owner,
+                positions=torch.arange(start, end),
+                inputs={key: value[start:end] for key, value in inputs.items()},
+                loss=LOSSES[name],
+                config={"clip_low_threshold": 0.5, "clip_high_threshold": 1.5, "beta": 0.1},
+                needs_gradient=needs_gradient,
+            )
+        )
+        start = end
+    return data
+
+
+def adapter(seed: int, rank: int) -> tuple[AdapterWeights, AdapterGradient]:
+    spec = LinearSpec(name=NAME, in_features=HIDDEN, out_features=VOCAB)
+    layout = AdapterLayout((spec,), LoraConfig(rank=rank, seed=seed))
+    row = 0.2 * torch.randn(layout.size, generator=torch.Generator().manual_seed(seed))
+    return AdapterWeights(layout, row), AdapterGradient(layout, torch.zeros(layout.size))
+
+
+def reference(data: list[HeadDatum], hidden: torch.Tensor, segments: tuple[Segment, ...], projection: Projection):
+    """Losses, and gradients of hidden states and adapter rows, by autograd over full logits."""
+    hidden = hidden.clone().requires_grad_()
+    rows = [segment.weights.row.clone().requires_grad_() for segment in segments]
+    logits = functional.linear(hidden, projection.weight)
+    parts = []
+    for segment, row in zip(segments, rows, strict=True):
+        a, b = segment.weights.layout.views(row)[NAME]
+        part = slice(segment.start, segment.end)
+        parts.append(logits[part] + segment.weights.scale * (hidden[part] @ a.t()) @ b.t())
+    table = torch.log_softmax(torch.cat(parts), -1)
+    losses = []
+    for datum in data:
+        logprobs = table[datum.positions, datum.inputs["target_tokens"]]
+        losses.append(datum.loss.compute(logprobs, Context(datum)))
+    sum(losses).backward()
+    return [loss.item() for loss in losses], hidden.grad, [row.grad for row in rows]
+
+
+class Context:
+    def __init__(self, datum: HeadDatum) -> None:
+        self.config = datum.config
+        self.input: Callable[[str], torch.Tensor] = lambda name: datum.inputs[name]
+
+    def has_input(self, name: str) -> bool:
+        return name == "weights"
+
+
+def run(data: list[HeadDatum], segments: tuple[Segment, ...], hidden: torch.Tensor, chunk: int | None):
+    projection = Projection()
+    head = LossHead(data, segments, num_owners=len(data), chunk_rows=chunk)
+    _, result = head(hidden, projection)
+    return projection, result
+
+
+@pytest.mark.parametrize("chunk", [1, 5, None])
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_gradients_equal_autograd_for_every_loss_and_chunk(name: str, chunk: int | None) -> None:
+    hidden = torch.randn(LENGTH, HIDDEN, generator=torch.Generator().manual_seed(3))
+    (first, first_grad), (second, second_grad) = adapter(1, 2), adapter(2, 3)
+    segments = (Segment(0, 7, first, first_grad), Segment(7, LENGTH, second, second_grad))
+    data = head_data(name, (4, 3, 5))
+    projection, result = run(data, segments, hidden, chunk)
+    losses, grad_hidden, grad_rows = reference(data, hidden, segments, projection)
+    assert result.losses.tolist() == pytest.approx(losses, rel=1e-5, abs=1e-5)
+    torch.testing.assert_close(result.grad_hidden, grad_hidden, rtol=1e-4, atol=1e-5)
+    for found, expected in zip((first_grad, second_grad), grad_rows, strict=True):
+        torch.testing.assert_close(found.row, expected, rtol=1e-4, atol=1e-5)
+    if chunk is not None:
+        assert max(projection.rows) <= chunk
+
+
+def test_logits_of_per_token_losses_are_computed_once() -> None:
+    hidden = torch.randn(LENGTH, HIDDEN)
+    for name, times in (("cross_entropy", 1), ("ppo", 1), ("gspo", 2)):
+        projection, _ = run(head_data(name, (LENGTH,)), (), hidden, 4)
+        assert sum(projection.rows) == times * LENGTH
+
+
+def test_forward_only_data_get_no_gradient() -> None:
+    _, result = run(head_data("ppo", (4, 8), needs_gradient=False), (), torch.randn(LENGTH, HIDDEN), 5)
+    assert result.grad_hidden is None
+    assert torch.isfinite(result.losses).all()
+
+
+def failing(result: HeadResult) -> str:
+    assert result.failure is not None
+    return str(result.failure)
+
+
+def test_an_exception_of_loss_code_is_reported_and_the_head_still_ends() -> None:
+    data = head_data("gspo", (4, 8))
+    data[1].inputs["sequence_ratio_mask"].zero_()
+    _, result = run(data, (), torch.randn(LENGTH, HIDDEN), 5)
+    assert "sequence_ratio_mask is 0 everywhere" in failing(result)
+    assert len(result.logprobs) == 2
