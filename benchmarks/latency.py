@@ -88,8 +88,10 @@ def direct_call(model: Path, tokens: np.ndarray, device: str, dtype: str) -> Cal
             try:
                 next(passes)
             except StopIteration as stop:
-                assert stop.value[0].error is None
+                error = stop.value[0].error
                 break
+        if error is not None:
+            raise RuntimeError(error.message)
         trainer.optim_step([step])
 
     return call

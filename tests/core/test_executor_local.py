@@ -59,7 +59,7 @@ def test_a_group_runs_commands_and_reports_errors_by_their_class(num_ranks: int)
 
 def test_a_group_that_cannot_be_built_raises_the_ranks_own_error() -> None:
     async def body() -> None:
-        with pytest.raises(PluginError, match="'other'.*known: fake"):
+        with pytest.raises(PluginError, match=r"'other'.*known: fake"):
             await start_local(spec(trainer="other"))
 
     asyncio.run(body())

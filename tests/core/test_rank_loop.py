@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_no_gap_between_two_tokens_spans_more_than_one_micro_pass() -> None:
     while run.has_work:
         run.tick([])
     tokens = [index for index, event in enumerate(events.seen) if event == "token"]
-    gaps = [events.seen[a + 1 : b] for a, b in zip(tokens, tokens[1:], strict=False)]
+    gaps = [events.seen[a + 1 : b] for a, b in itertools.pairwise(tokens)]
     assert len(tokens) == 12
     assert max(gap.count("micro-pass") for gap in gaps) == 1
     assert sum(gap.count("micro-pass") for gap in gaps) >= 10  # training really ran beside it

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import operator
 import types
-from enum import Enum
-from functools import partial
 from typing import Any, Union, get_args, get_origin
 
 import attrs
@@ -14,7 +11,7 @@ import msgpack
 import numpy as np
 from cattrs.strategies import configure_tagged_union
 
-from tinker_core.types import ModelInputChunk, TinkerPath
+from tinker_core.types import ModelInputChunk, TinkerPath, enums
 
 
 def _structure_array(value: Any, _: object) -> np.ndarray[Any, Any]:  # noqa: ANN401 - whatever the bytes held
@@ -45,16 +42,14 @@ def _is_scalar_union(cls: Any) -> bool:  # noqa: ANN401 - any annotation
     return set(get_args(cls)) <= {str, int, float, bool, type(None)}
 
 
-def _is_enum(cls: Any) -> bool:  # noqa: ANN401 - any annotation
-    return isinstance(cls, type) and issubclass(cls, Enum)
-
-
 def make_converter() -> cattrs.Converter:
     """A converter for every record in `tinker_core.types`; values are never coerced from one type to another."""
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=False)
     for scalar in (bool, int, float, str):
-        converter.register_structure_hook_func(partial(operator.is_, scalar), _exact(scalar))
-    converter.register_structure_hook_func(_is_enum, lambda value, cls: cls(value))
+        converter.register_structure_hook(scalar, _exact(scalar))
+    for name in enums.__all__:
+        # By class, because the hook of str would win over one by predicate.
+        converter.register_structure_hook(getattr(enums, name), lambda value, cls: cls(value))
     converter.register_structure_hook_func(lambda cls: cls is object, lambda value, _: value)
     converter.register_structure_hook_func(_is_scalar_union, lambda value, _: value)
     converter.register_structure_hook(bytes, lambda value, _: bytes(value))

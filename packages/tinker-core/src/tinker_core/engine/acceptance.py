@@ -29,7 +29,6 @@ from tinker_core.types import (
     SaveWeightsInput,
 )
 
-
 _R = TypeVar("_R", bound=EngineRequest)
 
 

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+__all__ = [
+    "CheckpointType",
+    "Placement",
+    "RequestType",
+    "SamplerSaveKind",
+    "StopReason",
+    "TensorDType",
+    "Transport",
+]
+
 
 class RequestType(StrEnum):
     """What a request asks for; the values are stored in records and logs."""
