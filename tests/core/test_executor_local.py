@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.core.conftest import EngineFactory, forward_backward
-from tinker_core.errors import InvalidLoraConfigError, PluginError
+from tests.core.test_engine_sampling import PROMPT, ephemeral, logprobs
+from tinker_core.errors import ConfigurationError, InvalidLoraConfigError, PluginError, TinkerError
 from tinker_core.executors.local import start_local
 from tinker_core.interfaces import WorkerGroupSpec
 from tinker_core.testing import start_group
@@ -22,6 +23,8 @@ from tinker_core.types import (
     OptimizerConfig,
     PreparedModel,
     RequestError,
+    SampleInput,
+    SamplingParams,
 )
 
 
@@ -111,5 +114,46 @@ def test_a_dead_worker_fails_its_requests_and_new_models_work_afterwards(open_en
                 assert (output.category, output.code) == ("server", "WorkerLostError")
             fresh = await client.create(1)
             assert isinstance(await client.run(forward_backward(fresh, 1)), ForwardBackwardOutput)
+
+    asyncio.run(body())
+
+
+def test_ephemeral_weights_that_died_with_their_process_are_reported_as_gone(open_engine: EngineFactory) -> None:
+    async def body() -> None:
+        async with open_engine() as client:
+            model_id = await client.create(0)
+            sampler = await ephemeral(client, model_id, 1, 0)
+            await logprobs(client, sampler, 0)
+            os.kill(children()[0], signal.SIGKILL)
+            await client.run(forward_backward(model_id, 2))
+            await client.create(1)  # the workers run again
+            request = SampleInput(
+                sampling_session_id=sampler, seq_id=1, prompt=PROMPT, sampling_params=SamplingParams(max_tokens=1)
+            )
+            output = await client.run(request)
+            assert isinstance(output, RequestError)
+            assert output.code == "LostWeightsError"
+
+    asyncio.run(body())
+
+
+def test_a_data_directory_belongs_to_one_engine(open_engine: EngineFactory) -> None:
+    async def body() -> None:
+        async with open_engine():
+            with pytest.raises(ConfigurationError, match="--data-dir"):
+                async with open_engine():
+                    pass
+
+    asyncio.run(body())
+
+
+def test_a_base_model_that_cannot_train_never_becomes_ready(open_engine: EngineFactory) -> None:
+    async def body() -> None:
+        async with open_engine(max_models=0) as client:
+            with pytest.raises(TinkerError, match="slots"):
+                await client.engine.wait_ready()
+            readiness = client.engine.readiness()
+            assert not readiness.ready
+            assert readiness.models["tiny"].startswith("failed")
 
     asyncio.run(body())

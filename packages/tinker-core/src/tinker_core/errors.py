@@ -77,6 +77,16 @@ class UnknownCheckpointError(UserError, LookupError):
         super().__init__(f"no checkpoint {path!r}; list the saved ones with list_user_checkpoints")
 
 
+class LostWeightsError(UserError, LookupError):
+    """Ephemeral sampler weights that ended with the worker process that held them."""
+
+    def __init__(self, sampling_session_id: str) -> None:
+        super().__init__(
+            f"the weights of sampling session {sampling_session_id!r} are gone: they were not saved under a name, "
+            "and their process has ended; save the weights again"
+        )
+
+
 # --- requests that cannot be served -----------------------------------------------------------------------------------
 
 

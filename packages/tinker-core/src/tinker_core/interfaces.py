@@ -278,6 +278,7 @@ class LossPlugin:
     optional_inputs: tuple[str, ...] = ()
     """Inputs that may be present besides the required ones and ``mask``; any other is refused by name."""
     required_config: tuple[str, ...] = ()
+    """Keys without a default: numbers. One that is also an optional input may come as that input in every datum."""
     default_config: Mapping[str, float | str] = attrs.field(factory=dict)
     """Optional keys with their defaults; keys in neither are refused by name."""
     soft_targets: bool = False
@@ -332,6 +333,10 @@ class WorkerGroup(Protocol):
 
         Raises the command's own error, or `WorkerLostError` when a process died.
         """
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a process of the group has died unasked; true before any call reports it."""
 
     async def wait_lost(self) -> str:
         """Return the reason as soon as a process of the group has died unasked."""

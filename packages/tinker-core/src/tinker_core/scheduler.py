@@ -5,9 +5,9 @@ packed into one piece of work within a token budget; optimizer steps of differen
 runs alone.  Models take turns.
 
 A missing seq_id holds its model's later requests.  The SDK sends the parts of one call as 2, 3, …, 1, so forward and
-forward_backward prove nothing about lower numbers; any other request is sent only after all lower ones were answered,
-so its arrival proves that a missing number will never come, and the number is skipped.  A gap without that proof is skipped
-when its deadline passes.
+forward_backward prove nothing about lower numbers.  Any other request is sent only after all lower ones were answered:
+its arrival proves that a missing number will never come, and the number is skipped.  A gap without that proof is
+skipped when its deadline passes.
 """
 
 from __future__ import annotations

@@ -111,13 +111,13 @@ def invert(mass: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
     """
     if mass.shape[1] % BLOCK:
         mass = F.pad(mass, (0, BLOCK - mass.shape[1] % BLOCK))
-    blocks_NnB = mass.view(mass.shape[0], -1, BLOCK)  # noqa: N806
+    blocks_NnB = mass.view(mass.shape[0], -1, BLOCK)
     ends = blocks_NnB.sum(-1).double().cumsum(-1)
     aim = random * ends[:, -1:]
     block = _first_above(ends, aim)
     aim = aim - torch.where(block > 0, ends.gather(1, (block - 1).clamp_min(0)), 0.0)
     rows = torch.arange(mass.shape[0], device=mass.device)[:, None]
-    inner_NKB = blocks_NnB[rows, block].double().cumsum(-1)  # noqa: N806
+    inner_NKB = blocks_NnB[rows, block].double().cumsum(-1)
     return block * BLOCK + _first_above(inner_NKB, aim[..., None])[..., 0]
 
 

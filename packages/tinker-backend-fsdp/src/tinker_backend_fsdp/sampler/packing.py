@@ -156,9 +156,9 @@ class CachedPlan(Generic[O]):
     def attend(
         self,
         layer_index: int,
-        q_1HTD: torch.Tensor,  # noqa: N803
-        k_1hTD: torch.Tensor,  # noqa: N803
-        v_1hTD: torch.Tensor,  # noqa: N803
+        q_1HTD: torch.Tensor,
+        k_1hTD: torch.Tensor,
+        v_1hTD: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
         """Attention output ``[1, H, T, D]`` of every token to its own sequence so far."""
@@ -248,8 +248,8 @@ def _attend_chunk(
     """Causal attention ``[c, H, D]`` of a chunk to its prompt; key heads are the batch, shared by their group."""
     c, heads, size = q.shape
     groups = heads // keys.shape[1]
-    q_hGcD = q.transpose(0, 1).reshape(keys.shape[1], groups, c, size)  # noqa: N806
-    k_hGLD = keys.transpose(0, 1)[:, None].expand(-1, groups, -1, -1)  # noqa: N806
-    v_hGLD = values.transpose(0, 1)[:, None].expand(-1, groups, -1, -1)  # noqa: N806
+    q_hGcD = q.transpose(0, 1).reshape(keys.shape[1], groups, c, size)
+    k_hGLD = keys.transpose(0, 1)[:, None].expand(-1, groups, -1, -1)
+    v_hGLD = values.transpose(0, 1)[:, None].expand(-1, groups, -1, -1)
     out = F.scaled_dot_product_attention(q_hGcD, k_hGLD, v_hGLD, attn_mask=seen, is_causal=seen is None, scale=scaling)
     return out.reshape(heads, c, -1).transpose(0, 1)

@@ -5,20 +5,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 from tinker_core.engine.clock import Clock
 from tinker_core.engine.config import EngineConfig
 from tinker_core.engine.group_sampler import GroupSampler
+from tinker_core.engine.probe import probe_sampling, probe_training
 from tinker_core.engine.revisions import Revisions
-from tinker_core.errors import ConfigurationError, TinkerError, UnknownModelError, WorkerLostError
+from tinker_core.errors import (
+    ConfigurationError,
+    TinkerError,
+    UnknownModelError,
+    UnsupportedFeatureError,
+    WorkerLostError,
+)
 from tinker_core.executors.protocol import GroupCapabilities
 from tinker_core.executors.rank_loop import describe_error
 from tinker_core.interfaces import Sampler, SamplerContext, SamplerPlugin, TrainerPlugin, WorkerGroup, WorkerGroupSpec
 from tinker_core.plugins import Plugins
 from tinker_core.scheduler import QueuedRequest, Scheduler, Work
+from tinker_core.storage.checkpoints import safe_directory_name
 from tinker_core.types import BaseModelSpec, Datum, EngineOutput, Placement, Transport
 
 log = logging.getLogger(__name__)
@@ -87,7 +95,7 @@ class BaseModel:
     def sampler(self) -> Sampler:
         """The sampler of this base model."""
         if self._sampler is None:
-            raise ConfigurationError(f"base model {self.spec.name!r} has no sampler; start the server with --sampler")
+            raise self._no_sampler()
         return self._sampler
 
     @property
@@ -99,8 +107,13 @@ class BaseModel:
     def revisions(self) -> Revisions:
         """The sampler's revisions."""
         if self._revisions is None:
-            raise ConfigurationError(f"base model {self.spec.name!r} has no sampler; start the server with --sampler")
+            raise self._no_sampler()
         return self._revisions
+
+    def _no_sampler(self) -> TinkerError:
+        if self._config.sampler is None:
+            return UnsupportedFeatureError("this server samples nothing; start it with --sampler")
+        return WorkerLostError(f"the workers of base model {self.spec.name!r} are not running: {self.state}")
 
     @property
     def shares_process(self) -> bool:
@@ -143,15 +156,14 @@ class BaseModel:
         while True:
             try:
                 await self._start()
-                reason = await self._serve_until_lost()
+                self._lose_models(await self._serve_until_lost())
             except Exception as error:
                 if not isinstance(error, TinkerError):
                     log.exception("base model %r failed", self.spec.name)
                 self._fail(error)
                 return
             finally:
-                await self._stop()
-            self._lose_models(reason)
+                await _to_its_end(self._stop())
 
     async def _start(self) -> None:
         executors = self._plugins.executors()
@@ -164,7 +176,10 @@ class BaseModel:
         self._capabilities = await self._group.call("capabilities")
         assert self._capabilities is not None
         self._sampler = await self._start_sampler(plugin, self._group, self._capabilities)
+        if self.spec.trainable:
+            await probe_training(self._group, self._capabilities)
         if self._sampler is not None:
+            await probe_sampling(self._sampler)
             self._revisions = Revisions(self._sampler, await self._empty_spill_directory())
         self.state = "ready"
         log.info("base model %r is ready", self.spec.name)
@@ -173,7 +188,7 @@ class BaseModel:
 
     async def _empty_spill_directory(self) -> Path:
         """Spilled weights belong to revisions that ended with the process that made them."""
-        directory = self._config.data_dir / "spill" / self.spec.name.replace("/", "--")
+        directory = self._config.data_dir / "spill" / safe_directory_name(self.spec.name)
         if directory.exists():
             await asyncio.to_thread(shutil.rmtree, directory)
         return directory
@@ -241,13 +256,13 @@ class BaseModel:
         lost = asyncio.create_task(self.group.wait_lost())
         lost.add_done_callback(lambda _: self._wake.set())
         try:
-            await self._feed(lost)
+            await self._feed(self.group)
             return await lost
         finally:
             lost.cancel()
 
-    async def _feed(self, lost: asyncio.Task[str]) -> None:
-        while not lost.done():
+    async def _feed(self, group: WorkerGroup) -> None:
+        while not group.is_lost:
             self._wake.clear()
             work = self.scheduler.next(self._clock.monotonic())
             self._log_skipped()
@@ -271,7 +286,7 @@ class BaseModel:
 
     def _lose_models(self, reason: str) -> None:
         self.state = "starting"
-        for model_id in self.scheduler.model_ids():
+        for model_id in self.resident_models:
             message = f"{reason}; its models are gone, load a saved checkpoint into a new one"
             self._lost_models[model_id] = message
             for request in self.scheduler.remove_model(model_id):
@@ -284,8 +299,9 @@ class BaseModel:
         if not self._started.done():
             self._started.set_exception(error)
             self._started.exception()  # somebody may wait for it later, or nobody
-        self._lose_models(str(error))
-        self.state = f"failed: {error}"
+        for model_id in self.scheduler.model_ids():
+            for request in self.scheduler.remove_model(model_id):
+                self._resolve(request.request_id, describe_error(WorkerLostError(f"{self.spec.name!r}: {error}")))
 
     async def _stop(self) -> None:
         sampler, self._sampler, self._revisions = self._sampler, None, None
@@ -294,3 +310,13 @@ class BaseModel:
             await sampler.close()
         if group is not None:
             await group.close()
+
+
+async def _to_its_end(clean_up: Coroutine[Any, Any, None]) -> None:
+    """Run a clean-up that a cancellation may interrupt only after it is done: no process may stay behind."""
+    task = asyncio.create_task(clean_up)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise

@@ -25,6 +25,7 @@ from tinker_core.engine.checkpoints import Checkpoints
 from tinker_core.engine.clock import Clock, SystemClock
 from tinker_core.engine.config import EngineConfig, NewSession, Readiness, SessionContents
 from tinker_core.engine.futures import FutureTable, PendingResult
+from tinker_core.engine.lock import data_dir_lock
 from tinker_core.engine.models import new_model, release_models
 from tinker_core.engine.operations import Operations
 from tinker_core.engine.registry import Registry
@@ -79,6 +80,7 @@ class Engine:
         self._acceptance = Acceptance(self._futures)
         self._bases: dict[str, BaseModel] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._releases: set[asyncio.Task[None]] = set()
         self._stack = AsyncExitStack()
         self._completed: Counter[str] = Counter()
         self._failed: Counter[str] = Counter()
@@ -90,6 +92,7 @@ class Engine:
     async def __aenter__(self) -> Self:
         data_dir = self._config.data_dir
         await asyncio.to_thread(data_dir.mkdir, parents=True, exist_ok=True)
+        self._stack.enter_context(data_dir_lock(data_dir))
         control = await ControlStore.open(f"sqlite:///{data_dir / 'control.sqlite'}")
         self._stack.push_async_callback(control.close)
         store = CheckpointStore(data_dir / "checkpoints")
@@ -116,9 +119,10 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._sampling.close()
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._releases]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for run in self._registry.live_models():
             await self._registry.control.touch_run(run.model_id, run.last_request_at)
         await self._stack.aclose()
@@ -196,6 +200,13 @@ class Engine:
         """Close a session: its models and ephemeral weights are released once their accepted work is done."""
         record = await self._registry.session(session_id, owner)
         await self._registry.finish_session(record, self._clock.now(), reason, detail)
+        release = asyncio.create_task(self._release(session_id))
+        self._releases.add(release)
+        release.add_done_callback(self._releases.discard)
+        if not self._futures.pending(lambda entry: (entry.accepted.model_id or "").startswith(f"{session_id}:")):
+            await release  # nothing to wait for: what comes next finds the room
+
+    async def _release(self, session_id: str) -> None:
         await release_models(session_id, self._registry, self._bases, self._futures)
         await self._sampling.release(session_id, self._bases)
 

@@ -12,7 +12,13 @@ from tinker_core.engine.clock import Clock
 from tinker_core.engine.futures import PendingResult
 from tinker_core.engine.operations import inflight_name
 from tinker_core.engine.registry import Registry
-from tinker_core.errors import InvalidRequestError, TinkerError, UnknownCheckpointError, UnsupportedFeatureError
+from tinker_core.errors import (
+    InvalidRequestError,
+    LostWeightsError,
+    TinkerError,
+    UnknownCheckpointError,
+    UnsupportedFeatureError,
+)
 from tinker_core.executors.rank_loop import describe_error
 from tinker_core.types import (
     CheckpointRecord,
@@ -99,13 +105,16 @@ class Sampling:
             return None
         if record.model_path is not None:
             return await self._saved_revision(record, record.model_path, base)
-        model_id, _, kind = record.revision.rpartition("@")
+        model_id, _, _ = record.revision.rpartition("@")
         if record.revision == inflight_name(model_id):
             target = self._registry.inflight.get(model_id)
-            if target is None:
-                raise UnknownCheckpointError(f"{model_id} ({kind})")
-            return target
-        return record.revision
+            return self._require_held(target, record, base)
+        return self._require_held(record.revision, record, base)
+
+    def _require_held(self, revision: str | None, record: SamplerRecord, base: BaseModel) -> str:
+        if revision is None or not base.revisions.knows(revision):
+            raise LostWeightsError(record.sampling_session_id)
+        return revision
 
     async def _saved_revision(self, record: SamplerRecord, path: str, base: BaseModel) -> str:
         """Saved weights stay available to the sampling sessions that opened them, also when the path is deleted."""

@@ -154,6 +154,11 @@ class LocalGroup:
         await self._socket.send_multipart([b"0", CALL, str(call_id).encode(), method.encode(), body])
         return await future
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether a process has died unasked."""
+        return self._lost.done()
+
     async def wait_lost(self) -> str:
         """The reason, as soon as a process has died unasked."""
         return await asyncio.shield(self._lost)
@@ -172,6 +177,9 @@ class LocalGroup:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
+        for process in self._processes:
+            if process.stdin is not None:
+                process.stdin.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
