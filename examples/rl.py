@@ -20,7 +20,7 @@ def reward(completion: str) -> float:
 
 
 def make_prompt(tokenizer, rng: random.Random) -> list[int]:
-    question = f"What is {rng.randint(1, 20)} + {rng.randint(1, 20)}?"
+    question = f"What is {rng.randint(10, 99)} + {rng.randint(10, 99)}?"
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer.encode(text, add_special_tokens=False)
@@ -48,17 +48,18 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=6, help="replies per prompt")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rng = random.Random(0)
+    rng = random.Random(args.seed)
 
     with tinker.ServiceClient() as service:
         model = args.model or tinker.RestClient().get_server_capabilities().result().supported_models[0].model_name
-        training = service.create_lora_training_client(base_model=model, rank=args.rank, seed=0).result()
+        training = service.create_lora_training_client(base_model=model, rank=args.rank, seed=args.seed).result()
         tokenizer = training.get_tokenizer()
         for step in range(args.steps):
             policy = training.save_weights_and_get_sampling_client().result()
             prompts = [make_prompt(tokenizer, rng) for _ in range(args.prompts)]
-            sampling_params = types.SamplingParams(max_tokens=8, temperature=1.0, seed=step)
+            sampling_params = types.SamplingParams(max_tokens=8, temperature=1.0, seed=rng.getrandbits(31))
             futures = [
                 policy.sample(types.ModelInput.from_ints(prompt), args.group_size, sampling_params)
                 for prompt in prompts

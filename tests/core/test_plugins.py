@@ -4,7 +4,7 @@ import asyncio
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def test_a_plugin_that_is_not_installed_is_an_error_that_lists_those_that_are() 
 
 
 @pytest.fixture
-def two_distributions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def two_distributions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two installed distributions whose plugins have the same entry-point name."""
     for name in ("acme-one", "acme-two"):
         info = tmp_path / f"{name.replace('-', '_')}-1.0.dist-info"
@@ -106,7 +106,6 @@ def two_distributions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         (info / "entry_points.txt").write_text("[tinker_core]\nacme = acme_plugin\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "acme_plugin", types.ModuleType("acme_plugin"))
-    yield
 
 
 @pytest.mark.usefixtures("two_distributions")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import types
+from functools import partial
 from typing import Any, Union, get_args, get_origin
 
 import attrs
@@ -36,6 +38,17 @@ def _exact(cls: type) -> Any:  # noqa: ANN401 - a structure hook
     return structure
 
 
+def _exact_tuple(cls: type) -> Any:  # noqa: ANN401 - a structure hook
+    """One hook for a whole list of numbers: token lists and shapes are long or frequent."""
+
+    def structure(value: list[Any], _: object) -> tuple[Any, ...]:
+        if not all(type(item) is cls for item in value):
+            raise TypeError(f"expected only {cls.__name__} elements")
+        return tuple(value)
+
+    return structure
+
+
 def _is_scalar_union(cls: Any) -> bool:  # noqa: ANN401 - any annotation
     if get_origin(cls) not in (Union, types.UnionType):
         return False
@@ -52,6 +65,8 @@ def make_converter() -> cattrs.Converter:
         converter.register_structure_hook(getattr(enums, name), lambda value, cls: cls(value))
     converter.register_structure_hook_func(lambda cls: cls is object, lambda value, _: value)
     converter.register_structure_hook_func(_is_scalar_union, lambda value, _: value)
+    for number in (int, float):
+        converter.register_structure_hook_func(partial(operator.eq, tuple[number, ...]), _exact_tuple(number))  # type: ignore[valid-type]
     converter.register_structure_hook(bytes, lambda value, _: bytes(value))
     converter.register_structure_hook_func(_is_array, _structure_array)
     converter.register_unstructure_hook_func(_is_array, _unstructure_array)

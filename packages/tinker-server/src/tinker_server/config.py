@@ -40,7 +40,9 @@ class ServerConfig:
     dtype: str = _setting("float32", "type of base weights and activations; adapters are always float32", DTYPES)
     device: str = _setting("auto", "where models run; auto takes cuda where an NVIDIA device is present", DEVICES)
     num_ranks: int = _setting(1, "worker processes (with cuda: devices) per base model")
-    micro_batch_tokens: int = _setting(2048, "most tokens that a trainer packs into one micro-pass")
+    micro_batch_tokens: int | None = _setting(
+        None, "most tokens that a trainer packs into one micro-pass; without it 512 on a CPU, 4096 on a GPU"
+    )
     max_models: int = _setting(64, "most trainable models at a time, per base model")
     max_lora_rank: int = _setting(128, "highest LoRA rank that clients may ask for")
     max_context_length: int | None = _setting(None, "bound on sequence lengths below the base models' own")
@@ -77,7 +79,7 @@ class ServerConfig:
             num_ranks=self.num_ranks,
             device=device,
             dtype=self.dtype,
-            micro_batch_tokens=self.micro_batch_tokens,
+            micro_batch_tokens=self.micro_batch_tokens or _MICRO_BATCH_TOKENS.get(device, 512),
             max_models=self.max_models,
             max_lora_rank=self.max_lora_rank,
             max_context_length=self.max_context_length,
@@ -86,6 +88,9 @@ class ServerConfig:
             options=dict(self.options),
         )
 
+
+_MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 4096}
+"""Enough to keep the device busy, and little enough that a sample beside it does not wait long for its next token."""
 
 _MINIMA = {
     "port": 0,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import attrs
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +44,7 @@ class TensorData:
         if (self.crow_indices is None) != (self.col_indices is None):
             raise ValueError("a sparse tensor needs both crow_indices and col_indices")
         if self.crow_indices is None or self.col_indices is None:
-            expected = int(np.prod(self.shape, dtype=np.int64))
+            expected = math.prod(self.shape)
             if self.data.size != expected:
                 raise ValueError(f"shape {list(self.shape)} needs {expected} elements, got {self.data.size}")
         else:
