@@ -50,7 +50,7 @@ class ServerLoop:
         stepped = self.training.optim_step(types.AdamParams(learning_rate=1e-4))
         loss = passed.result().metrics["loss:sum"]
         stepped.result()
-        return float(loss)
+        return float(loss.item())
 
 
 class PeftLoop:
@@ -76,7 +76,7 @@ class PeftLoop:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss)
+        return float(loss.item())
 
 
 def measure(dtype: str, device: str, steps: int, path: Path) -> dict[str, float]:
