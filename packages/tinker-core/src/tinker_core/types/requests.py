@@ -198,7 +198,7 @@ class TopkLogprobs:
 
 @attrs.frozen(kw_only=True)
 class PromptAltTokens:
-    """The k likeliest tokens other than the prompt's own at positions 1..P-1."""
+    """k independent draws, with replacement and at the request's temperature, at each of the positions 1..P-1."""
 
     tokens: TensorData
     """int64 ``[P - 1, k]``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import attrs
 import numpy as np
@@ -27,7 +28,7 @@ class TensorData:
     """Element type of ``data``."""
     shape: tuple[int, ...]
     """Dense shape, also for CSR."""
-    data: npt.NDArray[np.generic]
+    data: npt.NDArray[Any]
     """Flat C-order elements when dense, the stored values ``[nnz]`` when CSR."""
     crow_indices: npt.NDArray[np.int64] | None = None
     """CSR row starts, int64 ``[rows + 1]``; None when dense."""
@@ -81,7 +82,7 @@ class TensorData:
             raise ValueError("a dense tensor has no row indices")
         return np.repeat(np.arange(self.shape[0], dtype=np.int64), np.diff(self.crow_indices))
 
-    def to_numpy(self) -> npt.NDArray[np.generic]:
+    def to_numpy(self) -> npt.NDArray[Any]:
         """Dense array of ``shape``; cells that CSR does not store are 0."""
         if self.col_indices is None:
             return self.data.reshape(self.shape)

@@ -1,0 +1,143 @@
+"""A trainer and a sampler side by side, as `SamplerContract` drives them."""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import Future
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tinker_core.executors.protocol import CancelCall, GroupCapabilities, ModelName, PublishCall, RetireCall
+from tinker_core.testing.group import BlockingGroup
+from tinker_core.testing.trainer_lab import make_datum
+from tinker_core.types import (
+    AdamParams,
+    LoraConfig,
+    ModelPassResult,
+    OptimizerConfig,
+    PreparedModel,
+    PreparedModelPass,
+    PreparedModelPassBatch,
+    PreparedOptimStep,
+    PreparedSample,
+    SampleOutput,
+    SamplerCapabilities,
+    Transport,
+    WeightsRef,
+)
+
+Logprobs = npt.NDArray[np.float32]
+
+
+class SamplerBench(Protocol):
+    """What the contract needs; `GroupBench` offers it for samplers inside trainer ranks."""
+
+    @property
+    def capabilities(self) -> SamplerCapabilities:
+        """The sampler's own."""
+
+    def create_model(self, model_id: str, lora: LoraConfig) -> None:
+        """Make a model in the trainer."""
+
+    def unload_model(self, model_id: str) -> None:
+        """Forget a model in the trainer."""
+
+    def train(self, model_id: str, num_steps: int) -> None:
+        """Take some steps that move every weight."""
+
+    def forward_logprobs(self, model_id: str, tokens: list[int]) -> Logprobs:
+        """The trainer's logprobs of ``tokens[1:]``, float32 ``[T - 1]``."""
+
+    def publish(self, revision: str, model_id: str) -> None:
+        """Give the sampler a model's present weights under a new name."""
+
+    def publish_files(self, revision: str, directory: str) -> None:
+        """Give the sampler weights that `retire` wrote."""
+
+    def retire(self, revision: str, spill_directory: str | None = None) -> None:
+        """Take a revision away, writing it out first if asked."""
+
+    def sample(self, sample: PreparedSample) -> Future[SampleOutput]:
+        """Begin a sample."""
+
+    def cancel(self, request_id: str) -> None:
+        """Give a sample up."""
+
+
+class GroupBench:
+    """Implements `SamplerBench` over a worker group whose sampler runs in the trainer's ranks."""
+
+    def __init__(self, group: BlockingGroup) -> None:
+        self._group = group
+        self._ids = itertools.count()
+        capabilities: GroupCapabilities = group.call("capabilities")
+        assert capabilities.sampler is not None
+        self._capabilities = capabilities.sampler
+
+    @property
+    def capabilities(self) -> SamplerCapabilities:
+        """The rank sampler's."""
+        return self._capabilities
+
+    def create_model(self, model_id: str, lora: LoraConfig) -> None:
+        """Make a model."""
+        self._group.call(
+            "create", PreparedModel(model_id=model_id, lora_config=lora, optimizer_config=OptimizerConfig())
+        )
+
+    def unload_model(self, model_id: str) -> None:
+        """Forget a model."""
+        self._group.call("unload", ModelName(model_id=model_id))
+
+    def train(self, model_id: str, num_steps: int) -> None:
+        """Steps on fixed random data."""
+        random = np.random.default_rng(len(model_id))
+        tokens, targets = random.integers(0, self._capabilities.vocab_size, (2, 16))
+        datum = make_datum(tokens, targets, weights=np.ones(16, np.float32))
+        for _ in range(num_steps):
+            request = PreparedModelPass(request_id="p", model_id=model_id, data=(datum,), loss_fn="cross_entropy")
+            (passed,) = self._group.call("forward_backward", PreparedModelPassBatch(requests=(request,)))
+            assert passed.error is None, passed.error
+            step = PreparedOptimStep(
+                request_id="s", model_id=model_id, adam_params=AdamParams(learning_rate=0.01, eps=1e-8)
+            )
+            (stepped,) = self._group.call("optim_step", (step,))
+            assert stepped.error is None, stepped.error
+
+    def forward_logprobs(self, model_id: str, tokens: list[int]) -> Logprobs:
+        """A forward pass of the trainer."""
+        request = PreparedModelPass(
+            request_id="f",
+            model_id=model_id,
+            data=(make_datum(tokens[:-1], tokens[1:]),),
+            loss_fn="cross_entropy",
+            forward_only=True,
+        )
+        result: ModelPassResult
+        (result,) = self._group.call("forward_backward", PreparedModelPassBatch(requests=(request,)))
+        assert result.output is not None, result.error
+        return result.output.loss_fn_outputs[0]["logprobs"].data.astype(np.float32)
+
+    def publish(self, revision: str, model_id: str) -> None:
+        """Copy the live row in the ranks."""
+        ref = WeightsRef(transport=Transport.IN_PROCESS, model_id=model_id)
+        self._group.call("publish", PublishCall(revision=revision, ref=ref))
+
+    def publish_files(self, revision: str, directory: str) -> None:
+        """Read a directory in the ranks."""
+        ref = WeightsRef(transport=Transport.FILE, directory=directory)
+        self._group.call("publish", PublishCall(revision=revision, ref=ref))
+
+    def retire(self, revision: str, spill_directory: str | None = None) -> None:
+        """Retire in the ranks."""
+        self._group.call("retire", RetireCall(revision=revision, spill_directory=spill_directory))
+
+    def sample(self, sample: PreparedSample) -> Future[SampleOutput]:
+        """Begin a sample in the ranks."""
+        return self._group.start("sample", sample)
+
+    def cancel(self, request_id: str) -> None:
+        """Cancel in the ranks."""
+        self._group.call("cancel", CancelCall(request_id=request_id))
