@@ -119,10 +119,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def gpu(session: nox.Session) -> None:
-    """Run the tests marked gpu, the quickstart and the benchmarks on one CUDA device.
-
-    The contract suites state their tolerances: those of the CPU in float32, wider ones in bfloat16.
-    """
+    """Run the tests marked gpu, which state their tolerances, the quickstart and the benchmarks on one CUDA device."""
     session.run("python", "-c", "import torch; assert torch.cuda.is_available(), 'no CUDA device'", external=True)
     session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs, external=True)
     session.run("bash", "scripts/quickstart.sh", "--device", "cuda", external=True)

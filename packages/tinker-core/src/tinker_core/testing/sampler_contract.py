@@ -46,7 +46,7 @@ class SampleLab:
     def request(self, revision: str | None, prompt: list[int] = PROMPT, **fields: Any) -> PreparedSample:  # noqa: ANN401
         """A sample of 8 tokens with seed 1; fields of `SamplingParams` and of `SampleInput` both go by name."""
         names = {field.name for field in attrs.fields(SamplingParams)}
-        params = {"max_tokens": 8, "seed": 1, "stop": NEVER}
+        params: dict[str, Any] = {"max_tokens": 8, "seed": 1, "stop": NEVER}
         params |= {name: fields.pop(name) for name in list(fields) if name in names}
         body = {"prompt": ModelInput.from_ints(prompt), **fields}
         sample = SampleInput(sampling_session_id="contract", seq_id=0, sampling_params=SamplingParams(**params), **body)
@@ -103,7 +103,7 @@ class SamplerContract:
         newer = lab.prompt_logprobs("newer-2")
         np.testing.assert_array_equal(lab.prompt_logprobs(model), before)
         assert lab.run(model).sequences == drawn.sequences
-        assert np.abs(newer - before).max() > 100 * self.tolerance
+        assert np.abs(newer - before).max() > max(10 * self.tolerance, 1e-3)
         np.testing.assert_allclose(newer, lab.bench.forward_logprobs(model, PROMPT), atol=self.tolerance)
         for index in range(3):
             lab.bench.retire(f"newer-{index}")
