@@ -200,6 +200,16 @@ def test_wrong_names_paths_and_checkpoints_are_user_errors(open_engine: EngineFa
                 output = await client.run(LoadWeightsInput(model_id=other, seq_id=seq_id, path=path, optimizer=True))
                 assert isinstance(output, RequestError)
                 assert (output.code, output.category) == (code, "user")
+            token = LoadWeightsInput(
+                model_id=other,
+                seq_id=len(loads) + 1,
+                path=f"tinker://{model_id}/weights/ok",
+                optimizer=True,
+                weights_access_token="secret",
+            )
+            refused = await client.run(token)
+            assert isinstance(refused, RequestError)
+            assert "weights_access_token" in refused.message
             with pytest.raises(InvalidTinkerPathError):
                 await open_sampler(client, model_path="tinker://x/../y")
             with pytest.raises(UnknownBaseModelError):

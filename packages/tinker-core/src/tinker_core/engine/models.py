@@ -10,7 +10,7 @@ from tinker_core.engine.acceptance import model_of
 from tinker_core.engine.base_model import BaseModel
 from tinker_core.engine.checkpoints import Checkpoints
 from tinker_core.engine.futures import FutureTable, PendingResult
-from tinker_core.engine.operations import NewModel, require_training_checkpoint
+from tinker_core.engine.operations import NewModel, refuse_access_token, require_training_checkpoint
 from tinker_core.engine.registry import Registry
 from tinker_core.errors import CheckpointMismatchError, InvalidRequestError, WorkerLostError
 from tinker_core.executors.protocol import ModelName
@@ -58,6 +58,7 @@ async def _from_checkpoint(
     checkpoints: Checkpoints,
     now: datetime,
 ) -> NewModel:
+    refuse_access_token(request)
     record = await session(request.session_id or "", owner)
     checkpoint = await checkpoints.get(request.path, owner)
     require_training_checkpoint(checkpoint)

@@ -174,6 +174,7 @@ class Operations:
 
     async def _load(self, base: BaseModel, body: LoadWeightsInput) -> LoadWeightsOutput:
         assert body.model_id is not None
+        refuse_access_token(body)
         run = self._registry.model(body.model_id)
         checkpoint = await self._checkpoints.get(body.path, run.owner)
         if checkpoint.base_model != run.base_model:
@@ -257,6 +258,12 @@ class Operations:
 def inflight_name(model_id: str) -> str:
     """The revision name that stands for whatever a model's latest inflight save published."""
     return f"{model_id}@inflight"
+
+
+def refuse_access_token(body: LoadWeightsInput) -> None:
+    """Raise `UnsupportedFeatureError` for a token that this server could not check."""
+    if body.weights_access_token is not None:
+        raise UnsupportedFeatureError("this server issues no access tokens; leave weights_access_token out")
 
 
 def require_training_checkpoint(checkpoint: CheckpointRecord) -> None:

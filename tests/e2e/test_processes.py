@@ -1,0 +1,44 @@
+"""What runs where."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import tinker
+
+from tests.e2e.conftest import NewModel, Server, train
+
+
+def processes(parent: int) -> dict[int, str]:
+    """Command lines of the children of a process."""
+    done = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(parent)], capture_output=True, text=True, check=False
+    )
+    return {int(pid): args for pid, args in (line.split(None, 1) for line in done.stdout.splitlines())}
+
+
+def loads_torch(pid: int) -> bool:
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_torch_is_loaded_by_the_ranks_and_never_by_the_server(server: Server, new_model: NewModel) -> None:
+    train(new_model(), 1)
+    [pid] = [pid for pid, args in processes(os.getpid()).items() if str(server.data_dir) in args]
+    assert not loads_torch(pid)
+    ranks = [pid for pid, args in processes(pid).items() if "tinker_core.executors.rank" in args]
+    assert len(ranks) == 2  # one for each base model
+    assert all(loads_torch(rank) for rank in ranks)
+
+
+def test_the_control_database_never_sees_a_body(server: Server, service: tinker.ServiceClient) -> None:
+    secret = "a-name-that-only-this-test-uses"
+    model = service.create_lora_training_client(
+        base_model=server.llama, rank=4, user_metadata={"note": secret}
+    ).result()
+    norms = train(model, 2)
+    assert len(norms) == 2
+    files = [path.read_bytes() for path in server.data_dir.glob("control.sqlite*")]
+    assert any(secret.encode() in content for content in files)  # metadata is a record, so the search works
+    assert not any(b"target_tokens" in content or b"loss_fn_inputs" in content for content in files)
