@@ -50,7 +50,7 @@ class ServerLoop:
         stepped = self.training.optim_step(types.AdamParams(learning_rate=1e-4))
         loss = passed.result().metrics["loss:sum"]
         stepped.result()
-        return float(loss.item())
+        return float(loss)
 
 
 class PeftLoop:

@@ -9,7 +9,9 @@ Shapes: H query heads, h key-value heads, T packed tokens, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -52,22 +54,23 @@ class PackedPlan:
     ) -> torch.Tensor:
         """Attention of every token to itself and the earlier tokens of its own sequence."""
         del layer_index
-        if q_1HTD.is_cuda and q_1HTD.dtype in (torch.bfloat16, torch.float16):
-            return self._variable_length(q_1HTD, k_1hTD, v_1hTD, scaling)
+        kernel = variable_length_kernel() if q_1HTD.is_cuda and q_1HTD.dtype in _HALF else None
+        if kernel is not None:
+            return self._variable_length(kernel, q_1HTD, k_1hTD, v_1hTD, scaling)
         # The backward kernel of bfloat16 attention on CPUs is several times slower than the float32 one.
         cast = q_1HTD.dtype is torch.bfloat16 and not q_1HTD.is_cuda
         q, k, v = (x.float() if cast else x for x in (q_1HTD, k_1hTD, v_1hTD))
         out = causal_attention(q, k, v, self._lengths, scaling)
         return out.to(q_1HTD.dtype)
 
-    def _variable_length(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
+    def _variable_length(
+        self, kernel: Callable[..., Any], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
         if self._offsets is None:
             ends = torch.tensor([0, *self._lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
             self._offsets = ends.to(q.device)
         longest = max(self._lengths)
-        out = varlen_attn(
+        out = kernel(
             q[0].transpose(0, 1),
             k[0].transpose(0, 1),
             v[0].transpose(0, 1),
@@ -79,9 +82,25 @@ class PackedPlan:
             window_size=(-1, 0),
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        if isinstance(out, tuple):
-            out = out[0]
-        return out.transpose(0, 1)[None]
+        result: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        return result.transpose(0, 1)[None]
+
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def variable_length_kernel() -> Callable[..., Any] | None:
+    """Torch's attention over packed sequences, where this torch has it with all that is needed; else None.
+
+    Its arguments have grown from release to release; without it each sequence gets a call of its own.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    needed = {"scale", "window_size", "enable_gqa"}
+    return varlen_attn if needed <= inspect.signature(varlen_attn).parameters.keys() else None
 
 
 def causal_attention(
