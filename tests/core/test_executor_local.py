@@ -60,6 +60,13 @@ def test_a_group_runs_commands_and_reports_errors_by_their_class(num_ranks: int)
     assert children() == {}
 
 
+def test_ranks_leave_an_interrupt_from_the_terminal_to_the_server() -> None:
+    with start_group(spec(2)) as group:
+        for pid in children().values():
+            os.kill(pid, signal.SIGINT)
+        assert group.call("capabilities").trainer.architecture == "fake"
+
+
 def test_a_group_that_cannot_be_built_raises_the_ranks_own_error() -> None:
     async def body() -> None:
         with pytest.raises(PluginError, match=r"'other'.*known: fake"):

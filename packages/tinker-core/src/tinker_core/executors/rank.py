@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -133,6 +134,8 @@ def main() -> None:
     """Connect, build, and loop until told to stop."""
     address, rank = sys.argv[1], int(sys.argv[2])
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s rank{rank} %(name)s %(message)s")
+    # Ctrl-C reaches the whole process group; the server decides when its ranks stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     encoder = Encoder()
     context = zmq.Context()
