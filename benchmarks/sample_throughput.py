@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import tinker
 import torch
@@ -71,7 +72,20 @@ def train_and_save(service: tinker.ServiceClient, vocab_size: int) -> str:
     return training.save_weights_for_sampler("bench").result().path
 
 
-def measure(dtype: str, device: str, new_tokens: int, repeats: int, path: Path) -> dict[str, dict[str, float]]:
+@attrs.frozen(kw_only=True)
+class Sizes:
+    """How much is measured."""
+
+    batches: tuple[int, ...]
+    new_tokens: int
+    repeats: int
+
+    def rounds(self, batch_size: int) -> int:
+        """Small batches give few tokens a round, so they get more rounds; one more warms up."""
+        return 1 + self.repeats * max(1, 8 // batch_size)
+
+
+def measure(dtype: str, device: str, sizes: Sizes, path: Path) -> dict[str, dict[str, float]]:
     vocab_size = vocabulary_size(path)
     results = {}
     with (
@@ -82,30 +96,30 @@ def measure(dtype: str, device: str, new_tokens: int, repeats: int, path: Path) 
         saved = train_and_save(service, vocab_size)
         adapter = next(Path(directory).rglob("adapter_config.json")).parent
         base = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(device).eval()
-        results |= compare(
-            "base", service.create_sampling_client(base_model="smollm2").result(), base, new_tokens, repeats, dtype
-        )
+        plain = service.create_sampling_client(base_model="smollm2").result()
+        results |= compare("base", plain, base, sizes, dtype)
         adapted = PeftModel.from_pretrained(base, adapter).eval()
         lora = service.create_sampling_client(model_path=saved).result()
-        results |= compare("lora", lora, adapted, new_tokens, repeats, dtype)
+        results |= compare("lora", lora, adapted, sizes, dtype)
     return results
 
 
 def compare(
-    label: str, client: tinker.SamplingClient, model: Any, new_tokens: int, repeats: int, dtype: str
+    label: str, client: tinker.SamplingClient, model: Any, sizes: Sizes, dtype: str
 ) -> dict[str, dict[str, float]]:
     results = {}
     vocab_size = model.config.vocab_size
-    for batch_size, goal in GOALS.items():
+    for batch_size in sizes.batches:
+        goal = GOALS[batch_size]
         batch = prompts(batch_size, vocab_size)
         seconds, tokens = {"server": 0.0, "generate": 0.0}, {"server": 0, "generate": 0}
-        for repeat in range(repeats + 1):
+        for repeat in range(sizes.rounds(batch_size)):
             for name in seconds:
                 start = time.perf_counter()
                 if name == "server":
-                    count = through_server(client, batch, new_tokens)
+                    count = through_server(client, batch, sizes.new_tokens)
                 else:
-                    count = through_generate(model, batch, new_tokens)
+                    count = through_generate(model, batch, sizes.new_tokens)
                 if repeat > 0:  # the first round warms up
                     seconds[name] += time.perf_counter() - start
                     tokens[name] += count
@@ -129,10 +143,13 @@ def main() -> None:
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--batch", action="append", type=int, choices=list(GOALS))
     arguments = parser.parse_args()
     path = smollm2()
     dtypes = arguments.dtype or ["float32", "bfloat16"]
-    results = {d: measure(d, arguments.device, arguments.new_tokens, arguments.repeats, path) for d in dtypes}
+    batches = tuple(arguments.batch or GOALS)
+    sizes = Sizes(batches=batches, new_tokens=arguments.new_tokens, repeats=arguments.repeats)
+    results = {dtype: measure(dtype, arguments.device, sizes, path) for dtype in dtypes}
     report("sample_throughput", arguments.device, {"model": "SmolLM2-135M", **results})
 
 

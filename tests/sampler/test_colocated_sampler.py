@@ -11,12 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.models import EOS_ID, write_tiny_model
+from tinker_backend_fsdp.sampler.revisions import Revisions
 from tinker_backend_fsdp.sampler.sampler import ColocatedSampler
 from tinker_core.errors import InvalidRequestError
 from tinker_core.executors.build import build_rank, rank_context
 from tinker_core.interfaces import WorkerGroupSpec
+from tinker_core.training.adapters import AdapterLayout, AdapterWeights, LinearSpec
 from tinker_core.types import (
     BaseModelSpec,
+    LoraConfig,
     ModelInput,
     PreparedSample,
     SampleInput,
@@ -55,9 +58,17 @@ class Rank:
         self.forwards: list[int] = []
         handle = trainer.model_handle()
         assert handle is not None
+        self.handle = handle
         handle.model.register_forward_pre_hook(lambda module, args: self.forwards.append(args[0].shape[1]))
 
-    def submit(self, request_id: str, prompt: list[int] = PROMPT, num_samples: int = 1, **params: Any) -> None:
+    def submit(
+        self,
+        request_id: str,
+        prompt: list[int] = PROMPT,
+        num_samples: int = 1,
+        revision: str | None = None,
+        **params: Any,
+    ) -> None:
         params = {"max_tokens": 8, "seed": 1, "stop": NEVER, **params}
         request = SampleInput(
             sampling_session_id="s",
@@ -66,7 +77,7 @@ class Rank:
             num_samples=num_samples,
             sampling_params=SamplingParams(**params),
         )
-        self.sampler.submit(PreparedSample(request_id=request_id, revision=None, request=request))
+        self.sampler.submit(PreparedSample(request_id=request_id, revision=revision, request=request))
 
     def run(self) -> dict[str, SampleOutput]:
         outputs = {}
@@ -177,3 +188,47 @@ def test_cancelled_and_finished_sequences_leave_nothing_behind(rank: Rank) -> No
     rank.sampler.cancel("unknown")
     assert not rank.sampler.has_work
     assert rank.sampler.step() == ()
+
+
+def test_sequences_that_outgrow_their_cache_agree_with_a_forward_over_the_whole_text(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "long", "llama", max_context=700)
+    rank = Rank(path)
+    prompts = [PROMPT, list(range(4, 100)) * 3, PROMPT[:2]]
+    for index, prompt in enumerate(prompts):
+        rank.submit(str(index), prompt, max_tokens=None if index == 0 else 300, seed=index)
+    outputs = rank.run()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    for index, prompt in enumerate(prompts):
+        sequence = outputs[str(index)].sequences[0]
+        text = torch.tensor([[*prompt, *sequence.tokens]])
+        with torch.no_grad():
+            logprobs = model(text).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+        expected = logprobs.gather(1, torch.tensor(sequence.tokens)[:, None])[:, 0]
+        np.testing.assert_allclose(sequence.logprobs, expected.numpy(), atol=1e-5)
+    assert len(PROMPT) + len(outputs["0"].sequences[0].tokens) == 700
+
+
+def test_weights_that_have_diverged_fail_their_own_samples_only(model_path: Path, rank: Rank) -> None:
+    class BrokenAdapter(Revisions):
+        def weights(self, revision: str | None) -> AdapterWeights | None:
+            if revision is None:
+                return None
+            row = torch.full((layout.size,), float("nan"))
+            return AdapterWeights(layout, row)
+
+    layout = AdapterLayout(
+        (LinearSpec(name="model.layers.0.self_attn.v_proj", in_features=32, out_features=16),), LoraConfig(rank=2)
+    )
+    rank.submit("alone", max_tokens=10)
+    expected = rank.run()["alone"].sequences[0]
+    rank.sampler._revisions = BrokenAdapter(rank.handle, 1)
+    rank.submit("healthy", max_tokens=10)
+    rank.submit("broken", revision="nan")
+    results = {}
+    while rank.sampler.has_work:
+        results.update({result.request_id: result for result in rank.sampler.step()})
+    assert results["broken"].error is not None
+    assert results["broken"].error.code == "NonFiniteError"
+    healthy = results["healthy"].output
+    assert healthy is not None
+    assert healthy.sequences[0].tokens == expected.tokens

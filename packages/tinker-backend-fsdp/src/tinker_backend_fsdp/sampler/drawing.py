@@ -109,8 +109,9 @@ def invert(mass: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
 
     A token without mass is never chosen.  First the block, then the token in it: one pass over the vocabulary.
     """
-    if mass.shape[1] % BLOCK:
-        mass = F.pad(mass, (0, BLOCK - mass.shape[1] % BLOCK))
+    size = mass.shape[1]
+    if size % BLOCK:
+        mass = F.pad(mass, (0, BLOCK - size % BLOCK))
     blocks_NnB = mass.view(mass.shape[0], -1, BLOCK)
     ends = blocks_NnB.sum(-1).double().cumsum(-1)
     aim = random * ends[:, -1:]
@@ -118,7 +119,9 @@ def invert(mass: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
     aim = aim - torch.where(block > 0, ends.gather(1, (block - 1).clamp_min(0)), 0.0)
     rows = torch.arange(mass.shape[0], device=mass.device)[:, None]
     inner_NKB = blocks_NnB[rows, block].double().cumsum(-1)
-    return block * BLOCK + _first_above(inner_NKB, aim[..., None])[..., 0]
+    tokens = block * BLOCK + _first_above(inner_NKB, aim[..., None])[..., 0]
+    # Only mass that is not a number can lead into the padding; whoever draws from it finds out by its logprob.
+    return tokens.clamp_max_(size - 1)
 
 
 def _first_above(ends: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:
