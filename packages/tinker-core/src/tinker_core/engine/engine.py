@@ -90,18 +90,10 @@ class Engine:
         self._sampling: Sampling
 
     async def __aenter__(self) -> Self:
-        data_dir = self._config.data_dir
-        await asyncio.to_thread(data_dir.mkdir, parents=True, exist_ok=True)
-        self._stack.enter_context(data_dir_lock(data_dir))
-        control = await ControlStore.open(f"sqlite:///{data_dir / 'control.sqlite'}")
-        self._stack.push_async_callback(control.close)
-        store = CheckpointStore(data_dir / "checkpoints")
-        await asyncio.to_thread(store.sweep)
-        self._registry = Registry(control)
-        self._checkpoints = Checkpoints(store, control, self._clock)
-        await self._checkpoints.remove_expired()
-        self._operations = Operations(self._futures, self._checkpoints, self._registry, self._clock)
-        self._operations.resolve = self._resolve
+        async with AsyncExitStack() as stack:
+            await self._open_storage(stack)
+            self._stack = stack.pop_all()
+        self._operations = Operations(self._checkpoints, self._registry, self._clock, resolve=self._resolve)
         self._sampling = Sampling(self._registry, self._checkpoints, self._clock, resolve=self._resolve)
         for spec in self._config.base_models:
             self._bases[spec.name] = BaseModel(
@@ -114,6 +106,18 @@ class Engine:
             )
         self._tasks = [asyncio.create_task(base.run()) for base in self._bases.values()]
         return self
+
+    async def _open_storage(self, stack: AsyncExitStack) -> None:
+        data_dir = self._config.data_dir
+        await asyncio.to_thread(data_dir.mkdir, parents=True, exist_ok=True)
+        stack.enter_context(data_dir_lock(data_dir))
+        control = await ControlStore.open(f"sqlite:///{data_dir / 'control.sqlite'}")
+        stack.push_async_callback(control.close)
+        store = CheckpointStore(data_dir / "checkpoints")
+        await asyncio.to_thread(store.sweep)
+        self._registry = Registry(control)
+        self._checkpoints = Checkpoints(store, control, self._clock)
+        await self._checkpoints.remove_expired()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

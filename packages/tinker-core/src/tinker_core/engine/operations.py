@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import attrs
 
@@ -11,7 +11,6 @@ from tinker_core.engine.acceptance import sampling_session_id_of
 from tinker_core.engine.base_model import BaseModel
 from tinker_core.engine.checkpoints import Checkpoints
 from tinker_core.engine.clock import Clock
-from tinker_core.engine.futures import FutureTable
 from tinker_core.engine.registry import Registry
 from tinker_core.errors import CheckpointMismatchError, InvalidRequestError, TinkerError, UnsupportedFeatureError
 from tinker_core.executors.protocol import ModelName, StateCall
@@ -26,11 +25,14 @@ from tinker_core.types import (
     ForwardBackwardInput,
     LoadWeightsInput,
     LoadWeightsOutput,
+    ModelPassResult,
     OptimStepInput,
+    OptimStepResult,
     PreparedModel,
     PreparedModelPass,
     PreparedModelPassBatch,
     PreparedOptimStep,
+    RequestError,
     SamplerSaveKind,
     SaveWeightsForSamplerInput,
     SaveWeightsInput,
@@ -59,13 +61,19 @@ Payload = EngineRequest | NewModel
 class Operations:
     """What the engine does for each kind of work."""
 
-    def __init__(self, futures: FutureTable, checkpoints: Checkpoints, registry: Registry, clock: Clock) -> None:
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        registry: Registry,
+        clock: Clock,
+        *,
+        resolve: Callable[[str, EngineOutput], None],
+    ) -> None:
         self._checkpoints = checkpoints
         self._registry = registry
         self._clock = clock
-        self._futures = futures
         self._payloads: dict[str, Payload] = {}
-        self.resolve: Callable[[str, EngineOutput], None]
+        self._resolve = resolve
 
     def prepare(self, request_id: str, payload: Payload) -> None:
         """Keep a request's body until its turn."""
@@ -87,12 +95,12 @@ class Operations:
             elif work.kind is WorkKind.STEP:
                 await self._run_steps(base, requests)
             else:
-                self.resolve(requests[0].request_id, await self._run_single(base, requests[0]))
+                self._resolve(requests[0].request_id, await self._run_single(base, requests[0]))
         except Exception as error:
             if not isinstance(error, TinkerError):
                 log.exception("work failed: %s", work)
             for request in requests:
-                self.resolve(request.request_id, describe_error(error))
+                self._resolve(request.request_id, describe_error(error))
         finally:
             for request in requests:
                 self._payloads.pop(request.request_id, None)
@@ -112,8 +120,9 @@ class Operations:
                     forward_only=body.forward_only,
                 )
             )
-        for result in await base.group.call("forward_backward", PreparedModelPassBatch(requests=tuple(passes))):
-            self.resolve(result.request_id, result.output or result.error)
+        self._answer(
+            requests, await base.group.call("forward_backward", PreparedModelPassBatch(requests=tuple(passes)))
+        )
 
     async def _run_steps(self, base: BaseModel, requests: list[QueuedRequest]) -> None:
         steps = []
@@ -128,8 +137,18 @@ class Operations:
                     optimizer_params=body.optimizer_params,
                 )
             )
-        for result in await base.group.call("optim_step", tuple(steps)):
-            self.resolve(result.request_id, result.output or result.error)
+        self._answer(requests, await base.group.call("optim_step", tuple(steps)))
+
+    def _answer(self, requests: list[QueuedRequest], results: Iterable[ModelPassResult | OptimStepResult]) -> None:
+        """Resolve each request by its result; a trainer that leaves one out must not leave its client waiting."""
+        by_id = {result.request_id: result.output or result.error for result in results}
+        for request in requests:
+            output = by_id.get(request.request_id)
+            if output is None:
+                output = RequestError(
+                    category="server", code="MissingResult", message="the trainer returned no result for this request"
+                )
+            self._resolve(request.request_id, output)
 
     async def _run_single(self, base: BaseModel, request: QueuedRequest) -> EngineOutput:
         body = self._payloads[request.request_id]
