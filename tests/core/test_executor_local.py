@@ -11,6 +11,7 @@ import pytest
 
 from tests.core.conftest import EngineFactory, forward_backward
 from tests.core.test_engine_sampling import PROMPT, ephemeral, logprobs
+from tests.processes import children_of
 from tinker_core.errors import ConfigurationError, InvalidLoraConfigError, PluginError, TinkerError
 from tinker_core.executors.local import start_local
 from tinker_core.interfaces import WorkerGroupSpec
@@ -42,11 +43,8 @@ def spec(num_ranks: int = 1, trainer: str = "fake") -> WorkerGroupSpec:
 
 def children() -> dict[int, int]:
     """Rank processes of this process, by rank."""
-    lines = subprocess.run(
-        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    ranks = [line.split() for line in lines if "tinker_core.executors.rank" in line]
-    return {int(words[-1]): int(words[0]) for words in ranks}
+    ranks = {pid: args for pid, args in children_of(os.getpid()).items() if "tinker_core.executors.rank" in args}
+    return {int(args[-1]): pid for pid, args in ranks.items()}
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

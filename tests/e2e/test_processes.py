@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 import tinker
 
 from tests.e2e.conftest import NewModel, Server, train
-
-
-def processes(parent: int) -> dict[int, str]:
-    """Command lines of the children of a process."""
-    done = subprocess.run(
-        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(parent)], capture_output=True, text=True, check=False
-    )
-    return {int(pid): args for pid, args in (line.split(None, 1) for line in done.stdout.splitlines())}
+from tests.processes import children_of
 
 
 def loads_torch(pid: int) -> bool:
@@ -25,9 +17,9 @@ def loads_torch(pid: int) -> bool:
 
 def test_torch_is_loaded_by_the_ranks_and_never_by_the_server(server: Server, new_model: NewModel) -> None:
     train(new_model(), 1)
-    [pid] = [pid for pid, args in processes(os.getpid()).items() if str(server.data_dir) in args]
+    [pid] = [pid for pid, args in children_of(os.getpid()).items() if str(server.data_dir) in args]
     assert not loads_torch(pid)
-    ranks = [pid for pid, args in processes(pid).items() if "tinker_core.executors.rank" in args]
+    ranks = [pid for pid, args in children_of(pid).items() if "tinker_core.executors.rank" in args]
     assert len(ranks) == 2  # one for each base model
     assert all(loads_torch(rank) for rank in ranks)
 

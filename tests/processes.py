@@ -1,0 +1,20 @@
+"""Processes of this machine, as /proc shows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def children_of(parent: int) -> dict[int, list[str]]:
+    """Command lines of the running children of a process, by pid."""
+    found = {}
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            # The name in parentheses may hold anything; state and parent follow its last parenthesis.
+            state, parent_pid = (directory / "stat").read_text().rpartition(")")[2].split()[:2]
+            arguments = (directory / "cmdline").read_bytes().decode().split("\0")[:-1]
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended while this looked
+        if int(parent_pid) == parent and state != "Z":
+            found[int(directory.name)] = arguments
+    return found
