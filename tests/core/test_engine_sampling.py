@@ -130,6 +130,9 @@ def test_an_inflight_target_moves_with_the_next_inflight_save_and_snapshots_do_n
             assert trained != untrained
             assert await logprobs(client, first, 2) == trained
             assert await logprobs(client, snapshot, 0) == untrained
+            assert client.engine.metrics()[0].resident_revisions == 2
+            await client.engine.finish_session(client.session_id, "success", None, LOCAL_OWNER)
+            assert client.engine.metrics()[0].resident_revisions == 0
 
     asyncio.run(body())
 

@@ -9,8 +9,6 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 
-import attrs
-
 from tinker_core.engine.clock import Clock
 from tinker_core.errors import CheckpointExistsError, InvalidRequestError, UnknownCheckpointError
 from tinker_core.storage.checkpoints import CheckpointStore
@@ -29,14 +27,6 @@ def check_ttl(ttl_seconds: int | None) -> None:
         raise InvalidRequestError(
             f"ttl_seconds={ttl_seconds} must lie between {MIN_TTL_SECONDS} (an hour) and {MAX_TTL_SECONDS} (ten years)"
         )
-
-
-@attrs.define(kw_only=True, eq=False)
-class SaveInProgress:
-    """A checkpoint that is being written into ``directory``."""
-
-    path: TinkerPath
-    directory: Path
 
 
 class Checkpoints:

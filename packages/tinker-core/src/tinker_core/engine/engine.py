@@ -247,7 +247,6 @@ class Engine:
         try:
             await self._route(request, entry)
         except TinkerError as error:
-            self._operations.discard(entry.accepted.request_id)
             self._resolve(entry.accepted.request_id, describe_error(error))
         return entry.accepted
 
@@ -321,7 +320,6 @@ class Engine:
 
     def _take_slot(self, entry: PendingResult, seq_id: int) -> None:
         """Let a failed request's turn pass, so that its model's later requests do not wait for it."""
-        self._operations.discard(entry.accepted.request_id)
         try:
             run = self._registry.model(entry.accepted.model_id or "", entry.owner)
             self._base(run.base_model).submit(
@@ -347,6 +345,7 @@ class Engine:
         return entry.accepted
 
     def _resolve(self, request_id: str, output: EngineOutput) -> None:
+        self._operations.discard(request_id)
         entry = self._futures.resolve(request_id, output)
         if entry is None:
             return

@@ -80,7 +80,7 @@ class Operations:
         self._payloads[request_id] = payload
 
     def discard(self, request_id: str) -> None:
-        """Forget the body of a request that will not run."""
+        """Forget the body of a request that has its result, whether or not it ran."""
         self._payloads.pop(request_id, None)
 
     async def execute(self, base: BaseModel, work: Work) -> None:
@@ -101,9 +101,6 @@ class Operations:
                 log.exception("work failed: %s", work)
             for request in requests:
                 self._resolve(request.request_id, describe_error(error))
-        finally:
-            for request in requests:
-                self._payloads.pop(request.request_id, None)
 
     async def _run_pass(self, base: BaseModel, requests: list[QueuedRequest]) -> None:
         passes = []

@@ -65,10 +65,10 @@ class Revisions:
             revision.resident = True
             self._revisions[name] = revision
 
-    def add_files(self, name: str, directory: Path, *, owned: bool = False) -> None:
-        """Make a revision known by its files; it becomes resident on its first use. ``owned``: delete them with it."""
+    def add_files(self, name: str, directory: Path) -> None:
+        """Make a revision known by its files, which stay somebody else's; it becomes resident on its first use."""
         if name not in self._revisions:
-            self._revisions[name] = _Revision(name=name, directory=directory, spilled=owned)
+            self._revisions[name] = _Revision(name=name, directory=directory)
 
     @asynccontextmanager
     async def use(self, name: str | None) -> AsyncIterator[str | None]:

@@ -105,16 +105,15 @@ class Sampling:
             return None
         if record.model_path is not None:
             return await self._saved_revision(record, record.model_path, base)
-        model_id, _, _ = record.revision.rpartition("@")
-        if record.revision == inflight_name(model_id):
-            target = self._registry.inflight.get(model_id)
-            return self._require_held(target, record, base)
-        return self._require_held(record.revision, record, base)
-
-    def _require_held(self, revision: str | None, record: SamplerRecord, base: BaseModel) -> str:
+        revision = self._ephemeral_revision(record.revision)
         if revision is None or not base.revisions.knows(revision):
             raise LostWeightsError(record.sampling_session_id)
         return revision
+
+    def _ephemeral_revision(self, name: str) -> str | None:
+        """The revision that an ephemeral session's name stands for: itself, or a model's inflight target."""
+        model_id, _, _ = name.rpartition("@")
+        return self._registry.inflight.get(model_id) if name == inflight_name(model_id) else name
 
     async def _saved_revision(self, record: SamplerRecord, path: str, base: BaseModel) -> str:
         """Saved weights stay available to the sampling sessions that opened them, also when the path is deleted."""
@@ -130,8 +129,11 @@ class Sampling:
         """Drop the ephemeral weights of a finished session, once nobody samples from them."""
         for record in self._registry.forget_samplers_of(session_id):
             base = bases[record.base_model]
-            if record.revision is not None and record.model_path is None and base.has_sampler:
-                await base.revisions.drop(record.revision)
+            if record.revision is None or record.model_path is not None or not base.has_sampler:
+                continue
+            revision = self._ephemeral_revision(record.revision)
+            if revision is not None:
+                await base.revisions.drop(revision)
 
     async def close(self) -> None:
         """End the samples in flight; their clients will see a server that stopped."""
