@@ -14,6 +14,7 @@ from tinker_core.engine import Engine, EngineConfig, NewSession
 from tinker_core.plugins import Plugins
 from tinker_core.testing.fakes import FAKE_PLUGIN
 from tinker_core.types import (
+    LOCAL_CALLER,
     LOCAL_OWNER,
     AdamParams,
     BaseModelSpec,
@@ -70,7 +71,7 @@ class Client:
         self.session_id = session_id
 
     async def run(self, request: EngineRequest) -> EngineOutput:
-        accepted = await self.engine.submit(request, LOCAL_OWNER)
+        accepted = await self.engine.submit(request, LOCAL_CALLER)
         return await self.result(accepted.request_id)
 
     async def result(self, request_id: str) -> EngineOutput:

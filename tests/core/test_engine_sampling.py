@@ -16,6 +16,7 @@ from tinker_core.errors import (
     UnknownSamplerError,
 )
 from tinker_core.types import (
+    LOCAL_CALLER,
     LOCAL_OWNER,
     CreateSamplingSessionInput,
     LoadWeightsInput,
@@ -236,14 +237,14 @@ def test_a_sample_is_accepted_once_and_its_seed_is_drawn_then(open_engine: Engin
                 num_samples=3,
                 sampling_params=SamplingParams(max_tokens=8),
             )
-            receipts = [await client.engine.submit(request, LOCAL_OWNER) for _ in range(2)]
+            receipts = [await client.engine.submit(request, LOCAL_CALLER) for _ in range(2)]
             assert receipts[0] == receipts[1]
             assert len(set(receipts[0].sample_sequence_ids or ())) == 3
             output = await client.result(receipts[0].request_id)
             assert isinstance(output, SampleOutput)
             assert len(output.sequences) == 3
             with pytest.raises(InvalidRequestError, match="num_samples"):
-                await client.engine.submit(attrs.evolve(request, seq_id=5, num_samples=0), LOCAL_OWNER)
+                await client.engine.submit(attrs.evolve(request, seq_id=5, num_samples=0), LOCAL_CALLER)
 
     asyncio.run(body())
 

@@ -10,6 +10,7 @@ from tests.core.conftest import Client, EngineFactory, ManualClock, datum, forwa
 from tinker_core.engine import NewSession
 from tinker_core.errors import SessionFinishedError, UnknownRequestError, UnknownSessionError
 from tinker_core.types import (
+    LOCAL_CALLER,
     LOCAL_OWNER,
     CreateCustomLossInput,
     CreateModelOutput,
@@ -42,10 +43,10 @@ def test_requests_that_arrive_as_2_3_1_run_in_order(open_engine: EngineFactory) 
     async def body() -> None:
         async with open_engine() as client:
             model_id = await client.create()
-            third = await client.engine.submit(forward_backward(model_id, 3), LOCAL_OWNER)
-            second = await client.engine.submit(forward_backward(model_id, 2), LOCAL_OWNER)
+            third = await client.engine.submit(forward_backward(model_id, 3), LOCAL_CALLER)
+            second = await client.engine.submit(forward_backward(model_id, 2), LOCAL_CALLER)
             assert await client.engine.retrieve(second.request_id, 0.05, LOCAL_OWNER) is None
-            first = await client.engine.submit(forward_backward(model_id, 1), LOCAL_OWNER)
+            first = await client.engine.submit(forward_backward(model_id, 1), LOCAL_CALLER)
             for accepted in (first, second, third):
                 assert isinstance(await client.result(accepted.request_id), ForwardBackwardOutput)
 
@@ -57,7 +58,7 @@ def test_a_gap_ends_at_its_deadline_on_the_injected_clock(open_engine: EngineFac
         clock = ManualClock()
         async with open_engine(clock=clock) as client:
             model_id = await client.create()
-            accepted = await client.engine.submit(forward_backward(model_id, 2), LOCAL_OWNER)
+            accepted = await client.engine.submit(forward_backward(model_id, 2), LOCAL_CALLER)
             assert await client.engine.retrieve(accepted.request_id, 0.05, LOCAL_OWNER) is None
             await clock.advance(601)
             assert isinstance(await client.result(accepted.request_id), ForwardBackwardOutput)
@@ -72,11 +73,11 @@ def test_a_repeat_gets_the_first_receipt_and_runs_once(open_engine: EngineFactor
     async def body() -> None:
         async with open_engine() as client:
             create = client.create_input()
-            receipts = [await client.engine.submit(create, LOCAL_OWNER) for _ in range(2)]
+            receipts = [await client.engine.submit(create, LOCAL_CALLER) for _ in range(2)]
             assert receipts[0] == receipts[1]
             assert isinstance(await client.result(receipts[0].request_id), CreateModelOutput)
             model_id = f"{client.session_id}:train:0"
-            receipts = [await client.engine.submit(forward_backward(model_id, 1), LOCAL_OWNER) for _ in range(2)]
+            receipts = [await client.engine.submit(forward_backward(model_id, 1), LOCAL_CALLER) for _ in range(2)]
             assert receipts[0] == receipts[1]
             once = await client.run(optim_step(model_id, 2))
             other = await client.create(1)
@@ -85,7 +86,7 @@ def test_a_repeat_gets_the_first_receipt_and_runs_once(open_engine: EngineFactor
             losses = [
                 CreateCustomLossInput(session_id=client.session_id, custom_loss_seq_id=0, name="x") for _ in range(2)
             ]
-            receipts = [await client.engine.submit(loss, LOCAL_OWNER) for loss in losses]
+            receipts = [await client.engine.submit(loss, LOCAL_CALLER) for loss in losses]
             assert receipts[0] == receipts[1]
             refused = await client.result(receipts[0].request_id)
             assert isinstance(refused, RequestError)
@@ -98,11 +99,11 @@ def test_a_waiting_poll_wakes_with_the_result(open_engine: EngineFactory) -> Non
     async def body() -> None:
         async with open_engine() as client:
             model_id = await client.create()
-            second = await client.engine.submit(forward_backward(model_id, 2), LOCAL_OWNER)
+            second = await client.engine.submit(forward_backward(model_id, 2), LOCAL_CALLER)
             polls = [asyncio.create_task(client.result(second.request_id)) for _ in range(3)]
             await asyncio.sleep(0)
             assert not any(poll.done() for poll in polls)
-            await client.engine.submit(forward_backward(model_id, 1), LOCAL_OWNER)
+            await client.engine.submit(forward_backward(model_id, 1), LOCAL_CALLER)
             results = await asyncio.gather(*polls)
             assert all(result is results[0] for result in results)
 
@@ -118,7 +119,7 @@ def test_a_failed_request_fails_its_own_future_only(open_engine: EngineFactory) 
                 forward_backward(bad, 1, datum([1, 2, 3], [1, 2, 9999])),
                 forward_backward(bad, 2),
             ]
-            accepted = [await client.engine.submit(request, LOCAL_OWNER) for request in requests]
+            accepted = [await client.engine.submit(request, LOCAL_CALLER) for request in requests]
             first, failed, second = [await client.result(a.request_id) for a in accepted]
             assert isinstance(first, ForwardBackwardOutput)
             assert isinstance(failed, RequestError)
@@ -155,7 +156,7 @@ def test_a_request_that_could_not_be_decoded_keeps_its_place(open_engine: Engine
             model_id = await client.create()
             error = RequestError(category="user", code="InvalidRequestError", message="bad tensor")
             receipts = [
-                await client.engine.submit_failed(model_id, 1, RequestType.FORWARD_BACKWARD, error, LOCAL_OWNER)
+                await client.engine.submit_failed(model_id, 1, RequestType.FORWARD_BACKWARD, error, LOCAL_CALLER)
                 for _ in range(2)
             ]
             assert receipts[0] == receipts[1]
@@ -170,12 +171,12 @@ def test_what_is_answered_at_once_raises(open_engine: EngineFactory) -> None:
         async with open_engine() as client:
             with pytest.raises(UnknownRequestError):
                 await client.engine.retrieve("req-unknown", 0.0, LOCAL_OWNER)
-            accepted = await client.engine.submit(client.create_input(), LOCAL_OWNER)
+            accepted = await client.engine.submit(client.create_input(), LOCAL_CALLER)
             with pytest.raises(UnknownRequestError):
                 await client.engine.retrieve(accepted.request_id, 0.0, "somebody else")
             stranger = attrs.evolve(client.create_input(1), session_id="s-unknown")
             with pytest.raises(UnknownSessionError):
-                await client.engine.submit(stranger, LOCAL_OWNER)
+                await client.engine.submit(stranger, LOCAL_CALLER)
 
     asyncio.run(body())
 
@@ -189,9 +190,9 @@ def test_a_finished_session_refuses_new_work_and_frees_its_models(open_engine: E
             record = await client.engine.session(client.session_id, LOCAL_OWNER)
             assert record.finish_reason == "success"
             with pytest.raises(SessionFinishedError):
-                await client.engine.submit(forward_backward(model_id, 1), LOCAL_OWNER)
+                await client.engine.submit(forward_backward(model_id, 1), LOCAL_CALLER)
             with pytest.raises(SessionFinishedError):
-                await client.engine.submit(client.create_input(1), LOCAL_OWNER)
+                await client.engine.submit(client.create_input(1), LOCAL_CALLER)
             assert (await client.engine.training_run(model_id, LOCAL_OWNER)).base_model == "tiny"
             other = Client(client.engine, (await client.engine.create_session(NewSession())).session_id)
             await other.create()  # the only model slot is free again

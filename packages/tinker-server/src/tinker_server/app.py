@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -14,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 from tinker_core.engine import Engine
 from tinker_core.errors import PluginError, TinkerError
 from tinker_core.plugins import Plugins
-from tinker_server.auth import Authenticate, local_owner
+from tinker_server.auth import Authenticate, AuthenticationMiddleware, local_caller
 from tinker_server.errors import answer_http_exception, answer_tinker_error, answer_unexpected, detail
 from tinker_server.plugin_list import list_plugins
 from tinker_server.routes.bootstrap import BootstrapRoutes
@@ -36,7 +37,7 @@ def create_app(
     engine: Engine,
     *,
     plugins: Plugins,
-    authenticate: Authenticate = local_owner,
+    authenticate: Authenticate = local_caller,
     poll_seconds: float = 25.0,
     body_limit: int = DEFAULT_BODY_LIMIT,
 ) -> Starlette:
@@ -47,7 +48,6 @@ def create_app(
     """
     services = Services(
         engine=engine,
-        authenticate=authenticate,
         poll_seconds=poll_seconds,
         body_limit=body_limit,
         gate=PollGate(),
@@ -80,6 +80,7 @@ def create_app(
             Exception: answer_unexpected,
         },
         lifespan=lifespan,
+        middleware=[Middleware(AuthenticationMiddleware, authenticate=authenticate)],
     )
     app.state.gate = services.gate
     return app

@@ -13,7 +13,8 @@ from starlette.responses import Response
 
 from tinker_core.engine import Engine
 from tinker_core.errors import InvalidRequestError
-from tinker_server.auth import Authenticate
+from tinker_core.types import Caller
+from tinker_server.auth import caller_of
 from tinker_server.wire.body import JSON, Body, BodyTooLargeError
 
 _T = TypeVar("_T")
@@ -60,14 +61,17 @@ class Services:
     """Shared by all routes of one app."""
 
     engine: Engine
-    authenticate: Authenticate
     poll_seconds: float
     body_limit: int
     gate: PollGate
 
+    def caller(self, request: Request) -> Caller:
+        """Who sent it, with which key."""
+        return caller_of(request)
+
     def owner(self, request: Request) -> str:
         """Whose request it is."""
-        return self.authenticate(request.headers)
+        return caller_of(request).owner
 
     async def read(self, request: Request, reader: Callable[[Body], _T]) -> _T:
         """Receive the body and decode it; large ones are decoded off the event loop."""

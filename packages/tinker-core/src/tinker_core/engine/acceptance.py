@@ -17,6 +17,7 @@ from tinker_core.engine.futures import FutureTable, PendingResult
 from tinker_core.errors import InvalidRequestError
 from tinker_core.types import (
     AcceptedRequest,
+    Caller,
     CreateCustomLossInput,
     CreateModelInput,
     EngineRequest,
@@ -123,21 +124,21 @@ class Acceptance:
         """The receipt of the same request, if it was accepted before."""
         return self._futures.find(identity)
 
-    def accept(self, request: _R, owner: str) -> tuple[PendingResult, _R]:
+    def accept(self, request: _R, caller: Caller) -> tuple[PendingResult, _R]:
         """Accept a request that is not a repeat: from here on it has a result, whatever happens.
 
         Returns its open future and the request with its random choices drawn.
         """
         num_samples = request.num_samples if isinstance(request, SampleInput) else 0
-        entry = self._open(type_of(request), owner, identity_of(request), model_of(request), num_samples)
+        entry = self._open(type_of(request), caller, identity_of(request), model_of(request), num_samples)
         return entry, draw_random_choices(request)
 
-    def accept_unreadable(self, request_type: RequestType, owner: str, model_id: str, seq_id: int) -> PendingResult:
+    def accept_unreadable(self, request_type: RequestType, caller: Caller, model_id: str, seq_id: int) -> PendingResult:
         """Accept the place in a model's order of a request that could not be decoded in full."""
-        return self._open(request_type, owner, slot_identity(model_id, seq_id), model_id, 0)
+        return self._open(request_type, caller, slot_identity(model_id, seq_id), model_id, 0)
 
     def _open(
-        self, request_type: RequestType, owner: str, identity: Hashable, model_id: str | None, num_samples: int
+        self, request_type: RequestType, caller: Caller, identity: Hashable, model_id: str | None, num_samples: int
     ) -> PendingResult:
         request_id = f"req-{secrets.token_urlsafe(16)}"
         accepted = AcceptedRequest(
@@ -146,4 +147,4 @@ class Acceptance:
             model_id=model_id,
             sample_sequence_ids=tuple(f"{request_id}:{i}" for i in range(num_samples)) or None,
         )
-        return self._futures.add(accepted, owner, identity)
+        return self._futures.add(accepted, caller, identity)

@@ -44,6 +44,7 @@ from tinker_core.storage.checkpoints import CheckpointStore
 from tinker_core.storage.control import ControlStore
 from tinker_core.types import (
     AcceptedRequest,
+    Caller,
     CheckpointRecord,
     CreateCustomLossInput,
     CreateModelInput,
@@ -233,17 +234,17 @@ class Engine:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    async def submit(self, request: EngineRequest, owner: str) -> AcceptedRequest:
+    async def submit(self, request: EngineRequest, caller: Caller) -> AcceptedRequest:
         """Accept a request, once: a repeat gets the first one's receipt."""
         if isinstance(request, SampleInput):
-            record = await self._registry.sampler(request.sampling_session_id, owner)
-            await self._registry.require_open(record.session_id, owner)
-            return self._submit_sample(request, record, owner)
-        await self._require_open_session(request, owner)
+            record = await self._registry.sampler(request.sampling_session_id, caller.owner)
+            await self._registry.require_open(record.session_id, caller.owner)
+            return self._submit_sample(request, record, caller)
+        await self._require_open_session(request, caller.owner)
         repeated = self._acceptance.find(identity_of(request))
         if repeated is not None:
             return repeated
-        entry, request = self._acceptance.accept(request, owner)
+        entry, request = self._acceptance.accept(request, caller)
         try:
             await self._route(request, entry)
         except TinkerError as error:
@@ -251,13 +252,13 @@ class Engine:
         return entry.accepted
 
     async def submit_failed(
-        self, model_id: str, seq_id: int, request_type: RequestType, error: RequestError, owner: str
+        self, model_id: str, seq_id: int, request_type: RequestType, error: RequestError, caller: Caller
     ) -> AcceptedRequest:
         """Accept a request that could not be decoded: it fails, and keeps its place in its model's order."""
         repeated = self._acceptance.find(slot_identity(model_id, seq_id))
         if repeated is not None:
             return repeated
-        entry = self._acceptance.accept_unreadable(request_type, owner, model_id, seq_id)
+        entry = self._acceptance.accept_unreadable(request_type, caller, model_id, seq_id)
         self._resolve(entry.accepted.request_id, error)
         self._take_slot(entry, seq_id)
         return entry.accepted
@@ -333,13 +334,13 @@ class Engine:
         except TinkerError as error:
             log.info("request %s has no place in an order: %s", entry.accepted.request_id, error)
 
-    def _submit_sample(self, request: SampleInput, record: SamplerRecord, owner: str) -> AcceptedRequest:
+    def _submit_sample(self, request: SampleInput, record: SamplerRecord, caller: Caller) -> AcceptedRequest:
         repeated = self._acceptance.find(identity_of(request))
         if repeated is not None:
             return repeated
         if request.num_samples < 1:
             raise InvalidRequestError(f"num_samples={request.num_samples} must be at least 1")
-        entry, request = self._acceptance.accept(request, owner)
+        entry, request = self._acceptance.accept(request, caller)
         entry.base_model = record.base_model
         self._sampling.start(request, record, entry, self._base(record.base_model))
         return entry.accepted

@@ -10,7 +10,7 @@ import attrs
 
 from tinker_core.engine.clock import Clock
 from tinker_core.errors import UnknownRequestError
-from tinker_core.types import AcceptedRequest, EngineOutput
+from tinker_core.types import AcceptedRequest, Caller, EngineOutput
 
 DELIVERED_SECONDS = 900.0
 """How long a fetched result is kept, because the response that carried it may have been lost."""
@@ -23,13 +23,18 @@ class PendingResult:
     """One accepted request and, in time, its result."""
 
     accepted: AcceptedRequest
-    owner: str
+    caller: Caller
     key: Hashable
     accepted_at: float
     done: asyncio.Future[EngineOutput]
     delivered: bool = False
     base_model: str = ""
     """The base model that serves it; empty while, or because, none does."""
+
+    @property
+    def owner(self) -> str:
+        """Whose request it is."""
+        return self.caller.owner
 
 
 class FutureTable:
@@ -46,12 +51,12 @@ class FutureTable:
         request_id = self._keys.get(key)
         return self._entries[request_id].accepted if request_id is not None else None
 
-    def add(self, accepted: AcceptedRequest, owner: str, key: Hashable) -> PendingResult:
+    def add(self, accepted: AcceptedRequest, caller: Caller, key: Hashable) -> PendingResult:
         """Open the future of an accepted request."""
         self._drop_expired()
         entry = PendingResult(
             accepted=accepted,
-            owner=owner,
+            caller=caller,
             key=key,
             accepted_at=self._clock.monotonic(),
             done=asyncio.get_running_loop().create_future(),

@@ -16,6 +16,7 @@ from tinker_core.types.batches import (
     SnapshotParts,
     WeightsRef,
 )
+from tinker_core.types.callers import LOCAL_CALLER, Caller, KeyLimits
 from tinker_core.types.enums import (
     CheckpointType,
     Placement,
@@ -88,10 +89,12 @@ from tinker_core.types.tensors import TensorData
 
 __all__ = [
     "DEFAULT_LORA_ALPHA",
+    "LOCAL_CALLER",
     "LOCAL_OWNER",
     "AcceptedRequest",
     "AdamParams",
     "BaseModelSpec",
+    "Caller",
     "CheckpointManifest",
     "CheckpointRecord",
     "CheckpointType",
@@ -111,6 +114,7 @@ __all__ = [
     "ImageAssetPointerChunk",
     "ImageChunk",
     "JsonObject",
+    "KeyLimits",
     "LoadWeightsInput",
     "LoadWeightsOutput",
     "LoraConfig",

@@ -60,11 +60,11 @@ class SamplingRoutes:
 
     async def asample(self, request: Request) -> Response:
         """Sample; the receipt names every sequence to come."""
-        owner = self._services.owner(request)
+        caller = self._services.caller(request)
         decoded = await self._services.read(request, read_asample)
         if isinstance(decoded, RejectedRequest):
-            await self._engine.sampler(decoded.model_id, owner)
-        accepted = await accept(self._services, decoded, owner)
+            await self._engine.sampler(decoded.model_id, caller.owner)
+        accepted = await accept(self._services, decoded, caller)
         if accepted.sample_sequence_ids is None:
             # A sample that failed to decode names no sequences, but clients insist on names.
             accepted = attrs.evolve(accepted, sample_sequence_ids=(f"{accepted.request_id}:0",))

@@ -44,11 +44,11 @@ class WeightsRoutes:
 
     async def load_weights(self, request: Request) -> Response:
         """Load a checkpoint into a model, or make a model from it."""
-        owner = self._services.owner(request)
+        caller = self._services.caller(request)
         decoded = await self._services.read(request, read_load_weights)
         if isinstance(decoded, LoadWeightsInput):
-            decoded = await self._check_settings(decoded, owner)
-        return answer(receipt(await accept(self._services, decoded, owner)))
+            decoded = await self._check_settings(decoded, caller.owner)
+        return answer(receipt(await accept(self._services, decoded, caller)))
 
     async def _check_settings(self, load: LoadWeightsInput, owner: str) -> LoadWeightsInput | RejectedRequest:
         """A checkpoint fixes alpha and target modules: metadata that says otherwise must not be ignored."""
