@@ -63,6 +63,29 @@ class UnknownRequestError(UserError, LookupError):
         super().__init__(f"unknown request {request_id!r}; it was never issued, or its result is no longer kept")
 
 
+class ResultGoneError(UserError):
+    """A request of this owner whose result is no longer kept, or ended with an earlier server process."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"the result of request {request_id!r} is gone; send the request again")
+
+
+class StaleCursorError(UserError):
+    """The cursor of a server process that has ended, with the samples that it had in progress."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the server was restarted and its samples in progress are lost; create a new sampling client and sample again"
+        )
+
+
+class CancelledRequestError(UserError):
+    """A request that its own client cancelled."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"request {request_id!r} was cancelled by its client")
+
+
 class UnknownSamplerError(UserError, LookupError):
     """A sampling session id that does not exist."""
 
@@ -85,6 +108,48 @@ class LostWeightsError(UserError, LookupError):
             f"the weights of sampling session {sampling_session_id!r} are gone: they were not saved under a name, "
             "and their process has ended; save the weights again"
         )
+
+
+class UnknownKeyError(UserError, LookupError):
+    """An API key id that does not exist."""
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(f"unknown API key {key_id!r}; 'tinker-server keys list' shows the ids of all keys")
+
+
+class UnknownAccessTokenError(UserError, LookupError):
+    """An access token id that does not exist."""
+
+    def __init__(self, token_id: str) -> None:
+        super().__init__(f"unknown access token {token_id!r}; 'tinker-server tokens list' shows the ids of all tokens")
+
+
+# --- who may do what --------------------------------------------------------------------------------------------------
+
+
+class AuthenticationError(UserError):
+    """A request without a valid API key or token; the message never says whether a key exists."""
+
+    def __init__(self, message: str, *, invalid_token: bool = False) -> None:
+        self.invalid_token = invalid_token
+        """Whether a token was refused that the client can exchange its API key anew for."""
+        super().__init__(message)
+
+
+class KeyLimitError(UserError):
+    """A limit of the API key is reached that waiting does not lift; names the limit."""
+
+
+class RateLimitError(UserError):
+    """A limit of the API key is reached that lifts by itself; names the limit and the seconds to wait."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        self.retry_after = retry_after
+        """Seconds after which the same request may succeed."""
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[RateLimitError], tuple[str, float]]:
+        return type(self), (str(self), self.retry_after)
 
 
 # --- requests that cannot be served -----------------------------------------------------------------------------------
@@ -115,6 +180,17 @@ class UnknownLossError(InvalidRequestError):
 
 class InvalidLossConfigError(InvalidRequestError):
     """A loss_fn_config with a missing, unknown or mistyped key; names the key."""
+
+
+class UnknownCustomLossError(UserError, LookupError):
+    """A loss_id that this session never created."""
+
+    def __init__(self, loss_id: str) -> None:
+        super().__init__(f"unknown custom loss {loss_id!r}; create it with create_custom_loss in the same session")
+
+
+class InvalidCustomLossError(InvalidRequestError):
+    """A traced loss that is malformed, too large, or names an operation that is not offered; names the node."""
 
 
 class InvalidLoraConfigError(InvalidRequestError):

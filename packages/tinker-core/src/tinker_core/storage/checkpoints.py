@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -17,6 +18,9 @@ from tinker_core.types import CheckpointType, TinkerPath, check_checkpoint_name
 
 _UNSAFE = re.compile(rb"[^A-Za-z0-9_-]")
 _LONGEST_PLAIN = 200
+
+_CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK)
+"""File systems without hard links, or with too many of one file."""
 
 _INCOMING = ".incoming"
 """Saves that are being written and checkpoints that are being deleted."""
@@ -92,6 +96,32 @@ class CheckpointStore:
                 raise UnknownCheckpointError(str(path))
         return target
 
+    def files(self, path: TinkerPath) -> dict[str, int]:
+        """Sizes in bytes of a checkpoint's files by their names below its directory, in order of name.
+
+        Raises `UnknownCheckpointError`.
+        """
+        directory = self.directory(path)
+        with _reported("read", path):
+            found = sorted(file for file in directory.rglob("*") if file.is_file())
+            return {file.relative_to(directory).as_posix(): file.stat().st_size for file in found}
+
+    def link(self, source: TinkerPath, temporary: Path) -> None:
+        """Put a checkpoint's files into a directory of `begin`, without a second copy where the file system can.
+
+        Raises `UnknownCheckpointError`. Files never change once committed, so that sharing them is safe.
+        """
+        directory, target = self.directory(source), self._own(temporary)
+        with _reported("read", source):
+            for name in self.files(source):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    (target / name).hardlink_to(directory / name)
+                except OSError as error:
+                    if error.errno not in _CANNOT_LINK:
+                        raise
+                    shutil.copyfile(directory / name, target / name)
+
     def delete(self, path: TinkerPath) -> None:
         """Remove a checkpoint, at once for readers; raises `UnknownCheckpointError`."""
         trash = self._root / _INCOMING / uuid.uuid4().hex
@@ -140,6 +170,12 @@ def _reported(verb: str, what: object) -> Iterator[None]:
         raise StorageError(
             f"cannot {verb} checkpoint {str(what)!r}: {reason}; check free space and permissions of the data directory"
         ) from error
+
+
+def size_of(directory: Path) -> int:
+    """Bytes of all files below a directory. Raises `StorageError`."""
+    with _reported("read", directory):
+        return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
 def _sync_tree(directory: Path) -> int:

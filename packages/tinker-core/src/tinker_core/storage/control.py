@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from tinker_core.encoding import make_converter
-from tinker_core.errors import (
-    CheckpointExistsError,
-    StorageError,
-    UnknownCheckpointError,
-    UnknownModelError,
-    UnknownSessionError,
-)
+from tinker_core.errors import CheckpointExistsError, UnknownCheckpointError, UnknownModelError, UnknownSessionError
+from tinker_core.storage.access_tokens import AccessTokenStore
+from tinker_core.storage.audit import AuditStore
+from tinker_core.storage.checkpoint_queries import CheckpointQueries
 from tinker_core.storage.database import open_database
+from tinker_core.storage.keys import KeyStore
+from tinker_core.storage.rows import Rows
+from tinker_core.storage.session_queries import SessionQueries
 from tinker_core.storage.tables import checkpoints, samplers, sessions, training_runs
+from tinker_core.storage.usage import UsageStore
 from tinker_core.types import CheckpointRecord, SamplerRecord, SessionRecord, TinkerPath, TrainingRunRecord
 
-_T = TypeVar("_T")
-_R = TypeVar("_R", SessionRecord, TrainingRunRecord, CheckpointRecord, SamplerRecord)
 
-
-class ControlStore:
+class ControlStore(Rows):
     """Keeps control records. Methods may be called from one event loop; SQL runs on one thread of the store's own.
 
     Every method raises `StorageError` when the database itself fails. ``list_*`` methods return a page, newest first,
@@ -34,10 +30,13 @@ class ControlStore:
     """
 
     def __init__(self, engine: sa.Engine, thread: ThreadPoolExecutor) -> None:
-        self._engine = engine
-        self._thread = thread
-        self._converter = make_converter()
-        self._converter.register_structure_hook(datetime, lambda value, _: value)
+        super().__init__(engine, thread)
+        self.keys = KeyStore(engine, thread)
+        self.usage = UsageStore(engine, thread)
+        self.audit = AuditStore(engine, thread)
+        self.access_tokens = AccessTokenStore(engine, thread)
+        self.checkpoint_queries = CheckpointQueries(engine, thread)
+        self.session_queries = SessionQueries(engine, thread)
 
     @classmethod
     async def open(cls, url: str) -> ControlStore:
@@ -67,6 +66,12 @@ class ControlStore:
     async def get_session(self, session_id: str) -> SessionRecord | None:
         """A session, or None."""
         return await self._get(sessions.c.session_id, session_id, SessionRecord)
+
+    async def get_sessions(self, session_ids: Collection[str]) -> dict[str, SessionRecord]:
+        """Those of some sessions that exist, by id."""
+        found = sessions.c.session_id.in_(session_ids)
+        records, _ = await self._list(sessions, SessionRecord, [found], None, 0)
+        return {record.session_id: record for record in records}
 
     async def list_sessions(self, owner: str, limit: int | None, offset: int) -> tuple[list[SessionRecord], int]:
         """An owner's sessions."""
@@ -141,6 +146,11 @@ class ControlStore:
             conditions.append(checkpoints.c.run_id == run_id)
         return await self._list(checkpoints, CheckpointRecord, conditions, limit, offset)
 
+    async def list_all_checkpoints(self, owner: str | None = None) -> list[CheckpointRecord]:
+        """Everybody's checkpoints, or one owner's."""
+        conditions = [] if owner is None else [checkpoints.c.owner == owner]
+        return (await self._list(checkpoints, CheckpointRecord, conditions, None, 0))[0]
+
     async def list_expired_checkpoints(self, now: datetime) -> list[CheckpointRecord]:
         """Everybody's checkpoints whose time is over."""
         return (await self._list(checkpoints, CheckpointRecord, [checkpoints.c.expires_at <= now], None, 0))[0]
@@ -165,63 +175,16 @@ class ControlStore:
         """A sampling session, or None."""
         return await self._get(samplers.c.sampling_session_id, sampling_session_id, SamplerRecord)
 
+    async def add_sampler_clone(self, sampling_session_id: str) -> int:
+        """Count one more clone of a sampling session's client; its number, from 1 up, is never given out again."""
+        statement = (
+            sa.update(samplers)
+            .where(samplers.c.sampling_session_id == sampling_session_id)
+            .values(num_clones=samplers.c.num_clones + 1)
+            .returning(samplers.c.num_clones)
+        )
+        return await self._run(lambda connection: int(connection.execute(statement).scalar_one()))
+
     async def list_sampler_ids(self, session_id: str) -> list[str]:
         """Ids of a session's sampling sessions, in order of creation."""
         return await self._ids(samplers.c.sampling_session_id, samplers.c.session_id == session_id)
-
-    # --- shared -------------------------------------------------------------------------------------------------------
-
-    async def _run(self, work: Callable[[sa.Connection], _T]) -> _T:
-        """Do some work in one transaction on the store's thread."""
-
-        def transaction() -> _T:
-            try:
-                with self._engine.begin() as connection:
-                    return work(connection)
-            except sa.exc.SQLAlchemyError as error:
-                raise StorageError(f"the control database failed: {error}") from error
-
-        return await asyncio.get_running_loop().run_in_executor(self._thread, transaction)
-
-    def _row(self, record: object) -> dict[str, Any]:
-        row: dict[str, Any] = self._converter.unstructure(record)
-        return row
-
-    def _record(self, row: sa.RowMapping, cls: type[_R]) -> _R:
-        values = {name: value for name, value in row.items() if name not in ("number", "run_id")}
-        return self._converter.structure(values, cls)
-
-    async def _insert(self, table: sa.Table, record: object) -> None:
-        row = self._row(record)
-        await self._run(lambda connection: connection.execute(sa.insert(table).values(row)))
-
-    async def _change(self, statement: sa.Update | sa.Delete, missing: Exception) -> None:
-        if not await self._run(lambda connection: connection.execute(statement).rowcount):
-            raise missing
-
-    async def _get(self, column: sa.Column[Any], value: str, cls: type[_R]) -> _R | None:
-        query = sa.select(column.table).where(column == value)
-        row = await self._run(lambda connection: connection.execute(query).mappings().first())
-        return None if row is None else self._record(row, cls)
-
-    async def _ids(self, column: sa.Column[Any], condition: sa.ColumnElement[bool]) -> list[str]:
-        query = sa.select(column).where(condition).order_by(column.table.c.number)
-        return await self._run(lambda connection: list(connection.execute(query).scalars()))
-
-    async def _list(
-        self,
-        table: sa.Table,
-        cls: type[_R],
-        conditions: list[sa.ColumnElement[bool]],
-        limit: int | None,
-        offset: int,
-    ) -> tuple[list[_R], int]:
-        count = sa.select(sa.func.count()).select_from(table).where(*conditions)
-        newest_first = (table.c.created_at.desc(), table.c.number.desc())
-        page = sa.select(table).where(*conditions).order_by(*newest_first).limit(limit).offset(offset)
-
-        def work(connection: sa.Connection) -> tuple[list[sa.RowMapping], int]:
-            return list(connection.execute(page).mappings()), connection.execute(count).scalar_one()
-
-        rows, total = await self._run(work)
-        return [self._record(row, cls) for row in rows], total

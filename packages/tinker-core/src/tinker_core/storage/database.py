@@ -16,6 +16,13 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from tinker_core.errors import ConfigurationError
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
+_BUSY_MILLISECONDS = 10_000
+"""How long a transaction waits for another process's."""
+
+
+def database_url(data_dir: Path) -> str:
+    """Where a data directory keeps its control database."""
+    return f"sqlite:///{data_dir / 'control.sqlite'}"
 
 
 def open_database(url: str) -> sa.Engine:
@@ -24,7 +31,7 @@ def open_database(url: str) -> sa.Engine:
     Raises `ConfigurationError` for a URL that cannot be opened and for a database that newer code has written.
     """
     try:
-        engine = sa.create_engine(url)
+        engine = sa.create_engine(url, hide_parameters=True)
     except (sa.exc.ArgumentError, ImportError) as error:
         raise ConfigurationError(f"control database URL {url!r} cannot be used: {error}") from error
     if engine.dialect.name == "sqlite":
@@ -65,7 +72,10 @@ def _set_up_sqlite(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
     connection.isolation_level = None
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
+    connection.execute(f"PRAGMA busy_timeout={_BUSY_MILLISECONDS}")
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN")
+    # `tinker-server keys` may write beside a running server. A transaction that begins by reading cannot become a
+    # writing one once somebody else wrote in between, so each takes the writer's place at once, and waits for it.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -94,7 +94,7 @@ checkpoints = sa.Table(
     _json("optimizer_config"),
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("size_bytes", sa.BigInteger, nullable=False),
-    sa.Column("request_id", sa.String, nullable=False),
+    sa.Column("request_id", sa.String, nullable=False, index=True),
     *_ownership(),
     _json("user_metadata", nullable=True),
     sa.Column("expires_at", UtcDateTime, index=True),
@@ -111,5 +111,61 @@ samplers = sa.Table(
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("model_path", sa.String),
     sa.Column("revision", sa.String),
+    sa.Column("num_clones", sa.Integer, nullable=False, server_default="0"),
+    *_ownership(),
+)
+
+access_tokens = sa.Table(
+    "access_tokens",
+    metadata,
+    _number(),
+    sa.Column("token_id", sa.String, nullable=False, unique=True),
+    sa.Column("token_hash", sa.String, nullable=False, unique=True),
+    sa.Column("path", sa.String, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    *_ownership(),
+    sa.Column("expires_at", UtcDateTime),
+    sa.Column("revoked_at", UtcDateTime),
+)
+
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    _number(),
+    sa.Column("key_id", sa.String, nullable=False, unique=True),
+    sa.Column("key_hash", sa.String, nullable=False, unique=True),
+    sa.Column("last_four", sa.String, nullable=False),
+    sa.Column("name", sa.String, nullable=False),
+    _json("limits"),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("expires_at", UtcDateTime),
+    sa.Column("revoked_at", UtcDateTime),
+    *_ownership(),
+)
+
+usage = sa.Table(
+    "usage",
+    metadata,
+    _number(),
+    sa.Column("usage_key", sa.String, nullable=False, unique=True),
+    sa.Column("kind", sa.String, nullable=False),
+    sa.Column("key_id", sa.String, index=True),
+    sa.Column("session_id", sa.String, index=True),
+    sa.Column("run_id", sa.String, index=True),
+    sa.Column("base_model", sa.String, nullable=False),
+    sa.Column("starts_at", UtcDateTime, nullable=False, index=True),
+    sa.Column("ends_at", UtcDateTime, nullable=False, index=True),
+    sa.Column("quantity", sa.BigInteger, nullable=False),
+    *_ownership(),
+)
+
+audit_log = sa.Table(
+    "audit_log",
+    metadata,
+    _number(),
+    sa.Column("recorded_at", UtcDateTime, nullable=False, index=True),
+    sa.Column("category", sa.String, nullable=False, index=True),
+    sa.Column("event", sa.String, nullable=False),
+    _json("details"),
     *_ownership(),
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from tinker_core.types.accounts import ApiKeyRecord, AuditRecord, UsageRecord, session_of_run
 from tinker_core.types.batches import (
+    MANIFEST_FILE,
     CheckpointManifest,
     ModelPassResult,
     OptimStepResult,
@@ -17,14 +19,25 @@ from tinker_core.types.batches import (
     WeightsRef,
 )
 from tinker_core.types.callers import LOCAL_CALLER, Caller, KeyLimits
+from tinker_core.types.custom_loss import CUSTOM_LOSS, CustomLoss, CustomLossInput, CustomLossNode, GraphArgument
 from tinker_core.types.enums import (
     CheckpointType,
+    CustomLossOp,
     Placement,
     RequestType,
     SamplerSaveKind,
     StopReason,
     TensorDType,
     Transport,
+    UsageKind,
+)
+from tinker_core.types.futures import (
+    ACTIVE,
+    Completion,
+    CompletionPage,
+    QueueState,
+    QueueStatus,
+    SampleTarget,
 )
 from tinker_core.types.metadata import (
     BaseModelSpec,
@@ -50,11 +63,13 @@ from tinker_core.types.params import (
     LoraConfig,
     OptimizerConfig,
     SamplingParams,
+    SettingValue,
     StopCondition,
 )
 from tinker_core.types.paths import TinkerPath, check_checkpoint_name
 from tinker_core.types.records import (
     LOCAL_OWNER,
+    AccessTokenRecord,
     CheckpointRecord,
     SamplerRecord,
     SessionRecord,
@@ -63,6 +78,7 @@ from tinker_core.types.records import (
 from tinker_core.types.requests import (
     AcceptedRequest,
     CreateCustomLossInput,
+    CreateCustomLossOutput,
     CreateModelInput,
     CreateModelOutput,
     CreateSamplingSessionInput,
@@ -80,28 +96,46 @@ from tinker_core.types.requests import (
     RequestError,
     SampleInput,
     SampleOutput,
+    SaveWeightsExternalInput,
     SaveWeightsForSamplerInput,
     SaveWeightsInput,
     SaveWeightsOutput,
     TopkLogprobs,
+    UnloadModelInput,
+    UnloadModelOutput,
 )
-from tinker_core.types.tensors import TensorData
+from tinker_core.types.searches import SessionSearch, SessionSummary, StatusQuery
+from tinker_core.types.tensors import MAX_AXES, TensorData
 
 __all__ = [
+    "ACTIVE",
+    "CUSTOM_LOSS",
     "DEFAULT_LORA_ALPHA",
     "LOCAL_CALLER",
     "LOCAL_OWNER",
+    "MANIFEST_FILE",
+    "MAX_AXES",
     "AcceptedRequest",
+    "AccessTokenRecord",
     "AdamParams",
+    "ApiKeyRecord",
+    "AuditRecord",
     "BaseModelSpec",
     "Caller",
     "CheckpointManifest",
     "CheckpointRecord",
     "CheckpointType",
+    "Completion",
+    "CompletionPage",
     "CreateCustomLossInput",
+    "CreateCustomLossOutput",
     "CreateModelInput",
     "CreateModelOutput",
     "CreateSamplingSessionInput",
+    "CustomLoss",
+    "CustomLossInput",
+    "CustomLossNode",
+    "CustomLossOp",
     "Datum",
     "DmelChunk",
     "EncodedTextChunk",
@@ -111,6 +145,7 @@ __all__ = [
     "ForwardBackwardInput",
     "ForwardBackwardOutput",
     "GeneratedSequence",
+    "GraphArgument",
     "ImageAssetPointerChunk",
     "ImageChunk",
     "JsonObject",
@@ -136,20 +171,28 @@ __all__ = [
     "PreparedSampleBatch",
     "PromptAltTokens",
     "ProvenanceSpan",
+    "QueueState",
+    "QueueStatus",
     "RequestError",
     "RequestType",
     "SampleInput",
     "SampleOutput",
     "SampleResult",
+    "SampleTarget",
     "SamplerCapabilities",
     "SamplerRecord",
     "SamplerSaveKind",
     "SamplingParams",
+    "SaveWeightsExternalInput",
     "SaveWeightsForSamplerInput",
     "SaveWeightsInput",
     "SaveWeightsOutput",
     "SessionRecord",
+    "SessionSearch",
+    "SessionSummary",
+    "SettingValue",
     "SnapshotParts",
+    "StatusQuery",
     "StopCondition",
     "StopReason",
     "TensorDType",
@@ -159,6 +202,11 @@ __all__ = [
     "TrainerCapabilities",
     "TrainingRunRecord",
     "Transport",
+    "UnloadModelInput",
+    "UnloadModelOutput",
+    "UsageKind",
+    "UsageRecord",
     "WeightsRef",
     "check_checkpoint_name",
+    "session_of_run",
 ]

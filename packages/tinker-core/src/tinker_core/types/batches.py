@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 
+from tinker_core.types.custom_loss import CustomLoss
 from tinker_core.types.enums import CheckpointType, Transport
 from tinker_core.types.model_input import Datum
 from tinker_core.types.params import AdamParams, LoraConfig, OptimizerConfig
@@ -36,6 +37,8 @@ class PreparedModelPass:
     loss_fn: str
     loss_fn_config: dict[str, float | str] = attrs.field(factory=dict)
     forward_only: bool = False
+    custom_loss: CustomLoss | None = None
+    """The graph to run when ``loss_fn`` is ``custom``."""
 
 
 @attrs.frozen(kw_only=True)
@@ -91,6 +94,10 @@ class SnapshotParts:
     optimizer: bool = True
     gradient: bool = False
     """The accumulated gradient that no optim_step has consumed yet."""
+
+
+MANIFEST_FILE = "tinker.json"
+"""The file of a checkpoint directory that holds a `CheckpointManifest`."""
 
 
 @attrs.frozen(kw_only=True)

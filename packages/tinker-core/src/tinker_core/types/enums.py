@@ -6,12 +6,14 @@ from enum import StrEnum
 
 __all__ = [
     "CheckpointType",
+    "CustomLossOp",
     "Placement",
     "RequestType",
     "SamplerSaveKind",
     "StopReason",
     "TensorDType",
     "Transport",
+    "UsageKind",
 ]
 
 
@@ -24,7 +26,9 @@ class RequestType(StrEnum):
     OPTIM_STEP = "optim_step"
     SAVE_WEIGHTS = "save_weights"
     SAVE_WEIGHTS_FOR_SAMPLER = "save_weights_for_sampler"
+    SAVE_WEIGHTS_EXTERNAL = "save_weights_external"
     LOAD_WEIGHTS = "load_weights"
+    UNLOAD_MODEL = "unload_model"
     SAMPLE = "sample"
     CREATE_CUSTOM_LOSS = "create_custom_loss"
 
@@ -34,6 +38,19 @@ class CheckpointType(StrEnum):
 
     TRAINING = "weights"
     SAMPLER = "sampler_weights"
+    EXTERNAL = "external_weights"
+    """PEFT files for use outside, possibly encrypted; never loaded again."""
+
+
+class CustomLossOp(StrEnum):
+    """What a node of a traced custom loss does, in the words of ``torch.fx``."""
+
+    PLACEHOLDER = "placeholder"
+    GET_ATTR = "get_attr"
+    CALL_FUNCTION = "call_function"
+    CALL_METHOD = "call_method"
+    CALL_MODULE = "call_module"
+    OUTPUT = "output"
 
 
 class TensorDType(StrEnum):
@@ -80,3 +97,20 @@ class Placement(StrEnum):
     """In processes of its own; it never waits for training."""
     WITH_TRAINER = "with_trainer"
     """Inside every trainer rank, on the trainer's own base weights."""
+
+
+class UsageKind(StrEnum):
+    """What is counted in the usage ledger."""
+
+    TRAINING = "training"
+    """Tokens of forward and forward_backward passes."""
+    PREFILL = "sampling_prefill"
+    """Prompt tokens that a sampler computed."""
+    CACHED_PREFILL = "sampling_prefill_cached"
+    """Prompt tokens that a sampler had computed before."""
+    SAMPLE = "sampling_sample"
+    """Generated tokens."""
+    CHECKPOINT = "checkpoint"
+    """Checkpoints saved."""
+    STORAGE = "storage"
+    """Bytes kept."""

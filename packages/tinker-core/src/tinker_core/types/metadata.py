@@ -73,3 +73,10 @@ class EngineMetrics:
     resident_revisions: int
     completed_requests: int
     failed_requests: int
+    samples_in_progress: int = 0
+    """Samples accepted and not finished; they are in no queue of the engine."""
+    trained_tokens: int = 0
+    """Tokens of finished passes, with and without gradient."""
+    prefilled_tokens: int = 0
+    """Prompt tokens of finished samples, computed and cached."""
+    sampled_tokens: int = 0

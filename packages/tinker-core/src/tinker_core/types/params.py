@@ -8,6 +8,9 @@ DEFAULT_LORA_ALPHA = 32.0
 """LoRA alpha when the client does not choose one; the value of the public study "LoRA Without Regret"."""
 
 
+SettingValue = float | int | str | bool
+
+
 @attrs.frozen(kw_only=True)
 class AdamParams:
     """One AdamW step (SDK ``types.AdamParams``)."""
@@ -27,7 +30,8 @@ class OptimizerConfig:
     """The optimizer family of a model, fixed when it is created."""
 
     type: str = "adamw"
-    settings: dict[str, float] = attrs.field(factory=dict)
+    settings: dict[str, SettingValue] = attrs.field(factory=dict)
+    """What the client said of the family besides its type; the family's plugin reads them."""
 
 
 @attrs.frozen(kw_only=True)

@@ -67,6 +67,24 @@ class CheckpointRecord:
 
 
 @attrs.frozen(kw_only=True)
+class AccessTokenRecord:
+    """A token that opens one checkpoint, or all checkpoints of one run, for reading by whoever holds it."""
+
+    token_id: str
+    """Names the token where it is listed and revoked; says nothing about its secret."""
+    token_hash: str
+    """SHA-256 of the token, in hex; the token itself is not kept."""
+    path: str
+    """``tinker://<run>/<kind>/<name>``, or ``tinker://<run>`` for a whole run."""
+    created_at: datetime
+    owner: str = LOCAL_OWNER
+    """Whose weights it opens."""
+    project_id: str | None = None
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+
+
+@attrs.frozen(kw_only=True)
 class SamplerRecord:
     """A sampling session and the weights it serves."""
 

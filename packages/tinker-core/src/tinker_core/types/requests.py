@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 
 from tinker_core.errors import Category
+from tinker_core.types.custom_loss import CustomLoss
 from tinker_core.types.enums import RequestType, SamplerSaveKind, StopReason
 from tinker_core.types.model_input import Datum, ModelInput
 from tinker_core.types.params import AdamParams, LoraConfig, OptimizerConfig, SamplingParams
@@ -59,6 +60,8 @@ class ForwardBackwardInput:
     loss_fn_config: dict[str, float | str] = attrs.field(factory=dict)
     forward_only: bool = False
     """Compute logprobs and loss, and leave the gradient alone."""
+    custom_loss: CustomLoss | None = None
+    """What ``loss_fn_config["loss_id"]`` names when ``loss_fn`` is ``custom``; filled in by the engine."""
 
 
 @attrs.frozen(kw_only=True)
@@ -122,6 +125,19 @@ class SaveWeightsForSamplerInput:
 
 
 @attrs.frozen(kw_only=True)
+class SaveWeightsExternalInput:
+    """Save an adapter as the files that PEFT reads, for use outside."""
+
+    model_id: str
+    seq_id: int
+    path: str
+    """The checkpoint's bare name."""
+    ttl_seconds: int | None = None
+    age_encryption_recipients: tuple[str, ...] = ()
+    """age recipients, native ``age1…`` keys or SSH public keys, that every file is encrypted to; none means plain."""
+
+
+@attrs.frozen(kw_only=True)
 class SaveWeightsOutput:
     """Where the weights went: a tinker path for named saves, a sampling session for ephemeral ones."""
 
@@ -144,7 +160,8 @@ class LoadWeightsInput:
     base_model: str | None = None
     optimizer_config: OptimizerConfig | None = None
     user_metadata: JsonObject | None = None
-    weights_access_token: str | None = None
+    weights_access_token: str | None = attrs.field(default=None, repr=False)
+    """Opens one checkpoint, or one run, of another owner."""
 
 
 @attrs.frozen(kw_only=True)
@@ -152,6 +169,20 @@ class LoadWeightsOutput:
     """The path that was loaded and the model that holds it."""
 
     path: str
+    model_id: str
+
+
+@attrs.frozen(kw_only=True)
+class UnloadModelInput:
+    """Release a model once its accepted work is done; its saved checkpoints stay."""
+
+    model_id: str
+
+
+@attrs.frozen(kw_only=True)
+class UnloadModelOutput:
+    """The id of the model that is gone."""
+
     model_id: str
 
 
@@ -239,7 +270,14 @@ class CreateCustomLossInput:
 
     session_id: str
     custom_loss_seq_id: int
-    name: str
+    loss: CustomLoss
+
+
+@attrs.frozen(kw_only=True)
+class CreateCustomLossOutput:
+    """The name by which passes of the same session ask for the loss."""
+
+    loss_id: str
 
 
 # --- futures ----------------------------------------------------------------------------------------------------------
@@ -250,7 +288,9 @@ EngineRequest = (
     | OptimStepInput
     | SaveWeightsInput
     | SaveWeightsForSamplerInput
+    | SaveWeightsExternalInput
     | LoadWeightsInput
+    | UnloadModelInput
     | SampleInput
     | CreateCustomLossInput
 )
@@ -258,10 +298,12 @@ EngineRequest = (
 
 EngineOutput = (
     CreateModelOutput
+    | CreateCustomLossOutput
     | ForwardBackwardOutput
     | OptimStepOutput
     | SaveWeightsOutput
     | LoadWeightsOutput
+    | UnloadModelOutput
     | SampleOutput
     | RequestError
 )

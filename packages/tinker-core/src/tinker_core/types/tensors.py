@@ -16,6 +16,9 @@ _NUMPY_DTYPES: dict[TensorDType, np.dtype[np.generic]] = {
     TensorDType.INT64: np.dtype(np.int64),
 }
 
+MAX_AXES = 8
+"""Most axes of a tensor; no loss takes more than two."""
+
 
 @attrs.frozen(kw_only=True, eq=False)
 class TensorData:
@@ -36,6 +39,8 @@ class TensorData:
     """CSR column of each stored value, int64 ``[nnz]``; None when dense."""
 
     def __attrs_post_init__(self) -> None:
+        if len(self.shape) > MAX_AXES:
+            raise ValueError(f"the shape has {len(self.shape)} axes, more than {MAX_AXES}")
         if any(size < 0 for size in self.shape):
             raise ValueError(f"shape {list(self.shape)} has a negative size")
         if self.data.dtype != _NUMPY_DTYPES[self.dtype] or self.data.ndim != 1:
