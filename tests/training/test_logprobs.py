@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import attrs
 import pytest
 import torch
 from torch.nn import functional
 
+from tinker_core.interfaces import LossPlugin
 from tinker_core.training.adapters import AdapterGradient, AdapterLayout, AdapterWeights, LinearSpec, Segment
 from tinker_core.training.logprobs import HeadDatum, HeadResult, LossHead
 from tinker_core.training.lora import add_lora
@@ -43,6 +45,7 @@ def random_inputs(count: int) -> dict[str, torch.Tensor]:
         "logprobs": -2 + torch.randn(count, generator=generator),
         "advantages": torch.randn(count, generator=generator),
         "sequence_ratio_mask": torch.ones(count),
+        "sampled": (torch.arange(count) % 3 > 0).float(),
     }
 
 
@@ -58,7 +61,7 @@ def head_data(name: str, splits: tuple[int, ...], *, needs_gradient: bool = True
                 positions=torch.arange(start, end),
                 inputs={key: value[start:end] for key, value in inputs.items()},
                 loss=LOSSES[name],
-                config={"clip_low_threshold": 0.5, "clip_high_threshold": 1.5, "beta": 0.1},
+                config={"clip_low_threshold": 0.5, "clip_high_threshold": 1.5, "beta": 0.1, "kl_coeff": 0.3},
                 needs_gradient=needs_gradient,
             )
         )
@@ -98,7 +101,7 @@ class Context:
         self.input: Callable[[str], torch.Tensor] = lambda name: datum.inputs[name]
 
     def has_input(self, name: str) -> bool:
-        return name == "weights"
+        return name in ("weights", "sampled")
 
 
 def run(data: list[HeadDatum], segments: tuple[Segment, ...], hidden: torch.Tensor, chunk: int | None):
@@ -130,6 +133,37 @@ def test_logits_of_per_token_losses_are_computed_once() -> None:
     for name, times in (("cross_entropy", 1), ("ppo", 1), ("gspo", 2)):
         projection, _ = run(head_data(name, (LENGTH,)), (), hidden, 4)
         assert sum(projection.rows) == times * LENGTH
+
+
+def test_a_loss_of_whole_data_may_share_the_logits_of_their_chunk() -> None:
+    hidden = torch.randn(LENGTH, HIDDEN, generator=torch.Generator().manual_seed(3))
+    apart = head_data("gspo", (4, 3, 5))
+    sharing = [attrs.evolve(datum, loss=attrs.evolve(datum.loss, reuses_logits=True)) for datum in apart]
+    _, expected = run(apart, (), hidden, 5)
+    projection, found = run(sharing, (), hidden, 5)
+    # Chunks are rows 0-4, 5-9 and 10-11: the first datum lies in one of them, the others do not.
+    assert sum(projection.rows) == 2 * LENGTH - 4
+    assert found.losses.tolist() == pytest.approx(expected.losses.tolist())
+    torch.testing.assert_close(found.grad_hidden, expected.grad_hidden)
+
+
+def test_metrics_are_reported_per_datum_and_only_by_name() -> None:
+    def compute(logprobs, context):
+        context.report("seen:sum", logprobs.numel())
+        context.report("total:mean", logprobs.sum())
+        return -logprobs.sum()
+
+    loss = LossPlugin(name="telling", compute=compute, metrics=("seen:sum", "total:mean"))
+    data = [attrs.evolve(datum, loss=loss) for datum in head_data("ppo", (4, 8))]
+    _, result = run(data, (), torch.randn(LENGTH, HIDDEN), 5)
+    assert [owner for owner, _ in result.reports] == [0, 1]
+    assert [float(reports["seen:sum"]) for _, reports in result.reports] == [4.0, 8.0]
+    assert sum(float(reports["total:mean"]) for _, reports in result.reports) == pytest.approx(
+        -result.losses.sum().item()
+    )
+    silent = [attrs.evolve(datum, loss=attrs.evolve(loss, metrics=())) for datum in data]
+    _, result = run(silent, (), torch.randn(LENGTH, HIDDEN), 5)
+    assert isinstance(result.failure, ValueError)
 
 
 def test_forward_only_data_get_no_gradient() -> None:

@@ -12,11 +12,12 @@ from tinker_backend_fsdp.attention import PackedPlan
 from tinker_backend_fsdp.state import ModelState
 from tinker_core.interfaces import LossPlugin
 from tinker_core.training.adapters import AdapterGradient, Segment
-from tinker_core.training.cells import TargetCells, target_cells
+from tinker_core.training.cells import TARGETS, TargetCells, target_cells
+from tinker_core.training.graphs.loss import custom_cells
 from tinker_core.training.logprobs import HeadDatum
 from tinker_core.training.packing import Bin, pack
 from tinker_core.training.validation import effective_config, loss_inputs
-from tinker_core.types import PreparedModelPass, TensorData
+from tinker_core.types import CUSTOM_LOSS, Datum, PreparedModelPass, TensorData
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -26,6 +27,13 @@ class PassRequest:
     request: PreparedModelPass
     state: ModelState
     loss: LossPlugin
+
+    def cells(self, datum: Datum) -> TargetCells:
+        """What the request's loss looks at."""
+        custom_loss = self.request.custom_loss
+        if self.loss.name == CUSTOM_LOSS and custom_loss is not None:
+            return custom_cells(datum.loss_fn_inputs, custom_loss)
+        return target_cells(loss_inputs(datum, self.loss))
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -71,12 +79,11 @@ class PassLayout:
         offset = 0
         for owner in order:
             for datum in requests[owner].request.data:
-                inputs = loss_inputs(datum)
                 item = PackItem(
                     owner=owner,
                     tokens=datum.model_input.text_tokens(),
-                    cells=target_cells(inputs),
-                    target=inputs["target_tokens"],
+                    cells=requests[owner].cells(datum),
+                    target=datum.loss_fn_inputs[TARGETS],
                     offset=offset,
                 )
                 offset += item.num_reported

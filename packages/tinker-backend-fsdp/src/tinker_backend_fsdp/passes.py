@@ -33,6 +33,11 @@ class _Tally:
         self.losses = torch.zeros(len(requests), dtype=torch.float64, device=device)
         self.logprobs = torch.zeros(layout.num_reported, dtype=torch.float32, device=device)
         self.gradients: list[AdapterGradient | None] = []
+        self.metrics = [
+            torch.zeros(len(request.loss.metrics), dtype=torch.float64, device=device) for request in requests
+        ]
+        """What each request's loss reported, in the order of its names."""
+        self._places = [{name: place for place, name in enumerate(request.loss.metrics)} for request in requests]
         for request in requests:
             state = request.state
             row = None if request.request.forward_only else torch.zeros_like(state.row)
@@ -43,6 +48,9 @@ class _Tally:
         """Take over the outcome of one micro-pass."""
         self.failure = self.failure or result.failure
         self.losses += result.losses
+        for owner, reports in result.reports:
+            for name, value in reports.items():
+                self.metrics[owner][self._places[owner][name]] += value
         for item, found in zip(items, result.logprobs, strict=True):
             if item.cells.reported is not None:
                 found = found[torch.from_numpy(item.cells.reported).to(found.device)]
@@ -52,6 +60,9 @@ class _Tally:
         """Add up over ranks; afterwards all of them hold the same numbers."""
         world.sum(self.losses)
         world.sum(self.logprobs)
+        for metrics in self.metrics:
+            if metrics.numel():
+                world.sum(metrics)
         for gradient in self.gradients:
             if gradient is not None:
                 world.sum(gradient.row)
@@ -163,6 +174,15 @@ def _outputs(layout: PassLayout, tally: _Tally) -> list[ForwardBackwardOutput]:
         values = logprobs[item.offset : item.offset + item.num_reported]
         records[item.owner].append({"logprobs": item.target.with_data(values)})
     return [
-        ForwardBackwardOutput(loss_fn_outputs=tuple(records[i]), metrics={"loss:sum": losses[i]})
-        for i in range(len(layout.requests))
+        ForwardBackwardOutput(
+            loss_fn_outputs=tuple(records[i]), metrics={"loss:sum": losses[i], **_metrics(request, tally.metrics[i])}
+        )
+        for i, request in enumerate(layout.requests)
     ]
+
+
+def _metrics(request: PassRequest, sums: torch.Tensor) -> dict[str, float]:
+    """What the request's loss reported; a mean is over its data."""
+    num_data = len(request.request.data)
+    found = zip(request.loss.metrics, sums.tolist(), strict=True)
+    return {name: value / num_data if name.endswith(":mean") else value for name, value in found}

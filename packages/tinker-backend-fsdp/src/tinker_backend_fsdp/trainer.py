@@ -11,13 +11,16 @@ from tinker_backend_fsdp.micro_batch import PassRequest
 from tinker_backend_fsdp.passes import PassRunner
 from tinker_backend_fsdp.state import ModelState, ModelTable
 from tinker_backend_fsdp.world import World
-from tinker_core.errors import ConfigurationError, UnsupportedFeatureError, UserError
+from tinker_core.errors import ConfigurationError, UserError
 from tinker_core.executors.rank_loop import describe_error
 from tinker_core.interfaces import RankContext, TrainerParts
+from tinker_core.optimizer_families import check_step_family, require_family
 from tinker_core.training.adapters import AdapterLayout
+from tinker_core.training.graphs.loss import custom_loss_plugin
 from tinker_core.training.targets import select_linears
 from tinker_core.training.validation import PassLimits, check_pass
 from tinker_core.types import (
+    CUSTOM_LOSS,
     ModelPassResult,
     OptimStepOutput,
     OptimStepResult,
@@ -53,7 +56,7 @@ class FsdpTrainer:
     def capabilities(self) -> TrainerCapabilities:
         """LoRA on text, in process or as files."""
         return TrainerCapabilities(
-            losses=tuple(sorted(self._parts.losses)),
+            losses=tuple(sorted({*self._parts.losses, CUSTOM_LOSS})),
             optimizers=tuple(sorted(self._parts.optimizers)),
             max_lora_rank=self._context.max_lora_rank,
             max_models=self._context.max_models,
@@ -68,12 +71,8 @@ class FsdpTrainer:
         """Make a model with fresh rows."""
         self._models.check_room(model.model_id)
         linears = select_linears(self._loaded.linears, model.lora_config, max_rank=self._context.max_lora_rank)
-        optimizer = self._parts.optimizers.get(model.optimizer_config.type)
-        if optimizer is None:
-            known = ", ".join(sorted(self._parts.optimizers))
-            raise UnsupportedFeatureError(
-                f"optimizer {model.optimizer_config.type!r} is not installed; known optimizers: {known}"
-            )
+        require_family(model.optimizer_config.type, tuple(self._parts.optimizers))
+        optimizer = self._parts.optimizers[model.optimizer_config.type]
         layout = AdapterLayout(linears, model.lora_config)
         state = ModelState(model, layout, optimizer, dtype=self._loaded.dtype, device=self._world.device)
         self._models.add(state)
@@ -93,7 +92,10 @@ class FsdpTrainer:
 
     def _checked(self, request: PreparedModelPass) -> PassRequest:
         state = self._models[request.model_id]
-        loss = check_pass(request, self._parts.losses, self._limits)
+        losses = self._parts.losses
+        if request.loss_fn == CUSTOM_LOSS and request.custom_loss is not None:
+            losses = {CUSTOM_LOSS: custom_loss_plugin(request.custom_loss)}
+        loss = check_pass(request, losses, self._limits)
         return PassRequest(request=request, state=state, loss=loss)
 
     def optim_step(self, steps: Sequence[PreparedOptimStep]) -> tuple[OptimStepResult, ...]:
@@ -103,6 +105,7 @@ class FsdpTrainer:
     def _step(self, step: PreparedOptimStep) -> OptimStepResult:
         try:
             state = self._models[step.model_id]
+            check_step_family(state.model.optimizer_config.type, step.adam_params, step.optimizer_params)
             metrics = state.step(step)
         except UserError as error:
             return OptimStepResult(request_id=step.request_id, error=describe_error(error))

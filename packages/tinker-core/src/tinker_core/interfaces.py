@@ -26,6 +26,7 @@ from tinker_core.types import (
     SampleOutput,
     SamplerCapabilities,
     SampleResult,
+    SettingValue,
     SnapshotParts,
     TrainerCapabilities,
     WeightsRef,
@@ -173,6 +174,9 @@ class RankSampler(Protocol):
     def cancel(self, request_id: str) -> None:
         """Drop a sample that has not finished, freeing its slot at once. Unknown ids are ignored."""
 
+    def is_waiting(self, request_id: str) -> bool:
+        """Whether a submitted sample has not begun, for want of a slot. False for unknown ids."""
+
     @property
     def has_work(self) -> bool:
         """Whether a `step` would do anything."""
@@ -198,6 +202,9 @@ class Sampler(Protocol):
 
     async def sample(self, sample: PreparedSample) -> SampleOutput:
         """Generate; raises the request's own error. Cancelling the awaiting task frees the slot."""
+
+    async def is_waiting(self, request_id: str) -> bool:
+        """Whether a sample in progress has not begun, for want of a slot. False for unknown ids."""
 
     async def close(self) -> None:
         """Stop serving."""
@@ -266,6 +273,9 @@ class LossContext(Protocol):
     def has_input(self, name: str) -> bool:
         """Whether the datum carries an optional input."""
 
+    def report(self, name: str, value: float | torch.Tensor) -> None:
+        """Add to one of the loss's own `LossPlugin.metrics`."""
+
 
 @attrs.frozen(kw_only=True)
 class LossPlugin:
@@ -286,6 +296,20 @@ class LossPlugin:
     per_token: bool = True
     """Whether the loss is a sum of terms that each depend on one target cell only; it may then be computed chunk by
     chunk together with the logits. False: it sees the whole datum at once, at the price of one more matrix product."""
+    evaluate: Callable[[torch.Tensor, LossContext], tuple[torch.Tensor, torch.Tensor]] | None = None
+    """(logprobs ``[N]``, context) -> scalar loss and its slopes ``[N]``, for a loss that knows its own gradient; without
+    it the gradient is that of ``compute``."""
+    reuses_logits: bool = False
+    """For a loss that is not per token: a datum that lies in one chunk is computed together with its logits, without
+    that product. Rounding then depends on where chunks end."""
+    uses_provenance: bool = False
+    """Whether the loss may look at the input ``sampled``: 1 where the datum's provenance says that the target was
+    sampled, 0 elsewhere. A datum without provenance does not have this input."""
+    metrics: tuple[str, ...] = ()
+    """What ``compute`` reports to its context: ``name:sum`` adds up over the data of a request, ``name:mean`` is that
+    divided by their number."""
+    check_config: Callable[[Mapping[str, float | str]], None] | None = None
+    """Raises `InvalidLossConfigError` for values that the loss cannot take; defaults are filled in."""
 
 
 class FlatOptimizer(Protocol):
@@ -313,8 +337,9 @@ class OptimizerPlugin:
     """An optimizer family by the ``type`` that clients name."""
 
     name: str
-    build: Callable[[Mapping[str, float]], FlatOptimizer]
-    """Takes `OptimizerConfig.settings`."""
+    build: Callable[[Mapping[str, SettingValue]], FlatOptimizer]
+    """Takes `OptimizerConfig.settings`; raises `InvalidRequestError` for what it cannot honour. Each step brings the
+    family's own parameters as ``optimizer_params``; `tinker_core.optimizer_families.read_numbers` checks either."""
 
 
 @attrs.frozen(kw_only=True)

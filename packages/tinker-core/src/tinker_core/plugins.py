@@ -23,7 +23,7 @@ from tinker_core.interfaces import (
     SamplerPlugin,
     TrainerPlugin,
 )
-from tinker_core.types import RequestError, RequestType
+from tinker_core.types import CUSTOM_LOSS, RequestError, RequestType
 
 ALL = "*"
 """Stands for every installed plugin in `Plugins.load`."""
@@ -112,7 +112,10 @@ class Plugins:
 
     def losses(self) -> dict[str, LossPlugin]:
         """Registered losses by name."""
-        return self._collect("tinker_register_loss", "loss")
+        found: dict[str, LossPlugin] = self._collect("tinker_register_loss", "loss")
+        if CUSTOM_LOSS in found:
+            raise PluginError(f"loss {CUSTOM_LOSS!r}: the name belongs to losses that clients define; choose another")
+        return found
 
     def optimizers(self) -> dict[str, OptimizerPlugin]:
         """Registered optimizer families by name."""

@@ -78,6 +78,11 @@ class Job:
         """Whether the whole prompt has been handed out by `next_chunk`."""
         return self._num_computed == len(self.prompt)
 
+    @property
+    def waits(self) -> bool:
+        """Whether nothing of it has begun, or nothing after its prompt."""
+        return self._num_computed == 0 or (self.is_computed and self._num_started == 0)
+
     def start(self, count: int) -> list[RunningSequence]:
         """Start the next ``count`` sequences."""
         first = self._num_started

@@ -94,6 +94,11 @@ class ColocatedSampler:
         if job is not None:
             self._drop(job, wipe=False)
 
+    def is_waiting(self, request_id: str) -> bool:
+        """Whether a sample waits for the batch to have a place: with its prompt, or for its first sequence."""
+        job = self._jobs.get(request_id)
+        return job is not None and job.waits
+
     @property
     def has_work(self) -> bool:
         """Whether a `step` would do anything."""

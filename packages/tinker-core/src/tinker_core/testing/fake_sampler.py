@@ -120,6 +120,11 @@ class FakeSampler:
         """Drop a sample."""
         self._running.pop(request_id, None)
 
+    def is_waiting(self, request_id: str) -> bool:
+        """Every sample begins at once."""
+        del request_id
+        return False
+
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""

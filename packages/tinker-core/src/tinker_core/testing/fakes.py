@@ -21,7 +21,6 @@ from tinker_core.errors import (
     CapacityError,
     CheckpointMismatchError,
     InvalidLoraConfigError,
-    InvalidRequestError,
     NonFiniteError,
     TinkerError,
     UnknownModelError,
@@ -29,6 +28,7 @@ from tinker_core.errors import (
 from tinker_core.executors.rank_loop import describe_error
 from tinker_core.hookspecs import hookimpl
 from tinker_core.interfaces import LossPlugin, RankContext, SamplerPlugin, Trainer, TrainerParts, TrainerPlugin
+from tinker_core.optimizer_families import ADAMW_FAMILY, check_step_family, require_family
 from tinker_core.testing.faults import FAILING_LOSS
 from tinker_core.training.validation import PassLimits, check_pass
 from tinker_core.types import (
@@ -183,7 +183,7 @@ class FakeTrainer:
         """A small text model."""
         return TrainerCapabilities(
             losses=tuple(FAKE_LOSSES),
-            optimizers=("adamw",),
+            optimizers=(ADAMW_FAMILY,),
             max_lora_rank=self.context.max_lora_rank,
             max_models=self.context.max_models,
             max_context_length=self.context.max_context_length or CONTEXT_LENGTH,
@@ -206,6 +206,7 @@ class FakeTrainer:
             raise InvalidLoraConfigError("lora_config adapts nothing; set one of its train_* flags")
         if not 1 <= rank <= self.context.max_lora_rank:
             raise InvalidLoraConfigError(f"lora rank {rank} must be 1 to {self.context.max_lora_rank}")
+        require_family(model.optimizer_config.type, (ADAMW_FAMILY,))
         if len(self._models) >= self.context.max_models:
             raise CapacityError(f"all {self.context.max_models} model slots are taken; raise --max-models")
         self._models[model.model_id] = FakeAdapter.fresh(model.lora_config)
@@ -276,8 +277,8 @@ class FakeTrainer:
     def _step(self, step: PreparedOptimStep) -> OptimStepResult:
         try:
             adapter = self.adapter(step.model_id)
-            if step.adam_params is None:
-                raise InvalidRequestError("this model takes adam_params")
+            check_step_family(ADAMW_FAMILY, step.adam_params, step.optimizer_params)
+            assert step.adam_params is not None
         except TinkerError as error:
             return OptimStepResult(request_id=step.request_id, error=describe_error(error))
         norm = _adam(adapter, step.adam_params)

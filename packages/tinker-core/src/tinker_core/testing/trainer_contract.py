@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tinker_core.errors import CapacityError, CheckpointMismatchError, InvalidLoraConfigError, UnknownModelError
+from tinker_core.testing.custom_loss_contract import CustomLossContract
 from tinker_core.testing.faults import FAILING_LOSS
 from tinker_core.testing.group import BlockingGroup
 from tinker_core.testing.trainer_lab import (
@@ -84,7 +85,7 @@ BAD_REQUESTS: dict[str, tuple[Spoil, str]] = {
     ),
     "an unknown input": (_with_data(make_datum([1], [1], surprise=[1.0])), "surprise"),
     "an unknown loss": (lambda lab, request: attrs.evolve(request, loss_fn="no_such_loss"), "no_such_loss"),
-    "a loss that is not offered": (lambda lab, request: attrs.evolve(request, loss_fn="stable_reinforce"), "stable_re"),
+    "a custom loss without its graph": (lambda lab, request: attrs.evolve(request, loss_fn="custom"), "custom"),
     "an unknown loss setting": (
         lambda lab, request: attrs.evolve(request, loss_fn_config={"temperature": 1.0}),
         "temperature",
@@ -112,7 +113,7 @@ def reference_adamw(start: Arrays, gradients: list[Arrays], params: list[AdamPar
     return weights
 
 
-class TrainerContract:
+class TrainerContract(CustomLossContract):
     """Run by subclassing; see the module."""
 
     tolerance = 1e-6

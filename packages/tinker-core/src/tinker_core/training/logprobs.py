@@ -45,8 +45,15 @@ class Projection(Protocol):
 class CellContext:
     """Implements `tinker_core.interfaces.LossContext` over tensors of a datum or of a part of it."""
 
-    def __init__(self, config: Mapping[str, float | str], inputs: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, float | str],
+        inputs: Mapping[str, torch.Tensor],
+        reports: dict[str, float | torch.Tensor] | None = None,
+    ) -> None:
         self.config = config
+        self.reports: dict[str, float | torch.Tensor] = {} if reports is None else reports
+        """What the loss has reported about the datum so far; it may add to the metrics that are in here."""
         self._inputs = inputs
 
     def input(self, name: str) -> torch.Tensor:
@@ -57,9 +64,16 @@ class CellContext:
         """Whether the datum carries it."""
         return name in self._inputs
 
+    def report(self, name: str, value: float | torch.Tensor) -> None:
+        """Add to a metric of the loss."""
+        if name not in self.reports:
+            raise ValueError(f"the loss reports {name!r}, which is not one of its metrics")
+        self.reports[name] += value.detach().double() if isinstance(value, torch.Tensor) else value
+
     def part(self, start: int, end: int) -> CellContext:
         """The context of cells ``start..end``."""
-        return CellContext(self.config, {name: tensor[start:end] for name, tensor in self._inputs.items()})
+        inputs = {name: tensor[start:end] for name, tensor in self._inputs.items()}
+        return CellContext(self.config, inputs, self.reports)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -71,7 +85,7 @@ class HeadDatum:
     positions: torch.Tensor
     """Row of each cell in the pack, int64 ``[N]``, rising."""
     inputs: Mapping[str, torch.Tensor]
-    """Loss inputs ``[N]``."""
+    """Loss inputs ``[N]``; a loss that is not per token may have others of any shape beside them."""
     loss: LossPlugin
     config: Mapping[str, float | str]
     needs_gradient: bool
@@ -87,6 +101,8 @@ class HeadResult:
     """Float64, one sum per owner."""
     grad_hidden: torch.Tensor | None
     """``[T, H]`` in compute type: the gradient of all losses; None when no datum needs one."""
+    reports: list[tuple[int, Mapping[str, float | torch.Tensor]]] = attrs.field(factory=list)
+    """(owner, metrics of its loss), an entry per datum whose loss has any."""
     failure: Exception | None = None
     """The first exception of loss code. The gradient is then incomplete and of no use."""
 
@@ -125,6 +141,11 @@ class LossHead:
             run = _Run(self, hidden_TH.detach(), projection, result)
             run.all_chunks()
             run.whole_datum_losses()
+            result.reports = [
+                (datum.owner, context.reports)
+                for datum, context in zip(self._data, run.contexts, strict=True)
+                if context.reports
+            ]
             result.logprobs = list(torch.split(run.logprobs, self._counts))
         else:
             result.logprobs = [torch.zeros(0, device=device) for _ in self._data]
@@ -141,7 +162,11 @@ class _Run:
         self.targets = torch.cat([datum.inputs[TARGETS] for datum in self.data])
         self.logprobs = torch.empty(self.rows.numel(), dtype=torch.float32, device=hidden.device)
         self.normalizers = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        self.contexts = [CellContext(datum.config, datum.inputs) for datum in self.data]
+        self.contexts = [
+            CellContext(datum.config, datum.inputs, dict.fromkeys(datum.loss.metrics, 0.0)) for datum in self.data
+        ]
+        self.done = [False] * len(self.data)
+        """Which losses of whole data were computed together with the logits."""
         limit = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cpu"])
         self.chunk = head._chunk_rows or max(1, limit // (4 * projection.weight.shape[0]))
 
@@ -157,7 +182,7 @@ class _Run:
             self.normalizers[start:end] = torch.logsumexp(logits, -1)
             rows, targets = self.rows[low:high], self.targets[low:high]
             self.logprobs[low:high] = logits[rows - start, targets] - self.normalizers[rows]
-            slopes = self._per_token_slopes(low, high)
+            slopes = self._slopes_of_chunk(low, high)
             if slopes is not None:
                 self._backward(logits, start, rows, targets, slopes)
 
@@ -165,16 +190,18 @@ class _Run:
         logits = self.projection.logits(self.hidden[start:end], clip_segments(self.segments, start, end))
         return logits.float()
 
-    def _per_token_slopes(self, low: int, high: int) -> torch.Tensor | None:
-        """dLoss/dlogprob of the cells ``low..high``; None when nothing of a chunk needs its gradient now."""
+    def _slopes_of_chunk(self, low: int, high: int) -> torch.Tensor | None:
+        """dLoss/dlogprob of the cells ``low..high`` as far as they alone tell it; None when nothing of it is wanted."""
         slopes: torch.Tensor | None = None
         index = bisect.bisect_right(self.starts, low) - 1
         while index < len(self.data) and self.starts[index] < high:
-            datum, first = self.data[index], self.starts[index]
-            start, end = max(low, first), min(high, self.starts[index + 1])
-            if datum.loss.per_token and start < end:
-                part = self.contexts[index].part(start - first, end - first)
+            datum, first, last = self.data[index], self.starts[index], self.starts[index + 1]
+            start, end = max(low, first), min(high, last)
+            whole = datum.loss.reuses_logits and low <= first and last <= high
+            if (datum.loss.per_token or whole) and start < end:
+                part = self.contexts[index] if whole else self.contexts[index].part(start - first, end - first)
                 slope = self._loss(datum, self.logprobs[start:end], part)
+                self.done[index] = whole
                 if slope is not None:
                     if slopes is None:
                         slopes = torch.zeros(high - low, dtype=torch.float32, device=self.rows.device)
@@ -198,10 +225,11 @@ class _Run:
 
     def whole_datum_losses(self) -> None:
         """Losses that look at a datum as a whole, once all logprobs are known."""
-        for datum, context, low, high in zip(self.data, self.contexts, self.starts, self.starts[1:], strict=False):
-            if datum.loss.per_token or low == high:
+        for index, datum in enumerate(self.data):
+            low, high = self.starts[index], self.starts[index + 1]
+            if datum.loss.per_token or self.done[index] or low == high:
                 continue
-            slope = self._loss(datum, self.logprobs[low:high], context)
+            slope = self._loss(datum, self.logprobs[low:high], self.contexts[index])
             if slope is not None:
                 self._backward_again(low, high, slope)
 
@@ -254,6 +282,9 @@ def evaluate_loss(
     """A loss and, if wanted, its slope ``[N]``; raises whatever the loss code raises, forward or backward."""
     if not needs_gradient:
         return loss.compute(logprobs, context).double(), None
+    if loss.evaluate is not None:
+        value, slope = loss.evaluate(logprobs, context)
+        return value.double(), slope
     with torch.enable_grad():
         leaf = logprobs.detach().requires_grad_()
         value = loss.compute(leaf, context)

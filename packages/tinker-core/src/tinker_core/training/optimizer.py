@@ -9,7 +9,8 @@ import torch
 
 from tinker_core.errors import InvalidRequestError
 from tinker_core.interfaces import FlatOptimizer, OptimizerPlugin
-from tinker_core.types import AdamParams, PreparedOptimStep
+from tinker_core.optimizer_families import ADAMW_FAMILY, check_step_family
+from tinker_core.types import AdamParams, PreparedOptimStep, SettingValue
 
 _ROWS = ("exp_avg", "exp_avg_sq")
 
@@ -68,9 +69,9 @@ class AdamW:
 
 
 def _checked(step: PreparedOptimStep) -> AdamParams:
+    check_step_family(ADAMW_FAMILY, step.adam_params, step.optimizer_params)
     params = step.adam_params
-    if params is None or step.optimizer_params is not None:
-        raise InvalidRequestError("this model's optimizer is adamw: send adam_params, not optimizer_params")
+    assert params is not None
     limits = {
         "learning_rate": (params.learning_rate, 0.0, math.inf),
         "beta1": (params.beta1, 0.0, 1.0),
@@ -86,13 +87,13 @@ def _checked(step: PreparedOptimStep) -> AdamParams:
     return params
 
 
-def _build(settings: Mapping[str, float]) -> FlatOptimizer:
-    if settings:
+def _build(settings: Mapping[str, SettingValue]) -> FlatOptimizer:
+    if any(settings.values()):
         raise InvalidRequestError(
             f"optimizer_config of adamw takes no settings, got {', '.join(sorted(settings))}; send them with each step"
         )
     return AdamW()
 
 
-ADAMW = OptimizerPlugin(name="adamw", build=_build)
+ADAMW = OptimizerPlugin(name=ADAMW_FAMILY, build=_build)
 """The optimizer family ``adamw``."""

@@ -19,13 +19,12 @@ from safetensors.torch import load_file, save_file
 from tinker_core.encoding import make_converter
 from tinker_core.errors import CheckpointMismatchError, StorageError
 from tinker_core.training.adapters import AdapterLayout
-from tinker_core.types import CheckpointManifest
+from tinker_core.types import MANIFEST_FILE, CheckpointManifest
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 GRADIENT_FILE = "gradient.safetensors"
-MANIFEST_FILE = "tinker.json"
 
 _PEFT_PREFIX = "base_model.model."
 

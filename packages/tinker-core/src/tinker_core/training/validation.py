@@ -19,14 +19,15 @@ from tinker_core.errors import (
 )
 from tinker_core.interfaces import LossPlugin
 from tinker_core.training.cells import TARGETS
-from tinker_core.types import Datum, PreparedModelPass, TensorData, TensorDType
+from tinker_core.training.custom_validation import check_custom_inputs, check_dense_size
+from tinker_core.training.provenance import SAMPLED, check_tiling, sampled_mask
+from tinker_core.types import CUSTOM_LOSS, CustomLoss, Datum, PreparedModelPass, TensorData, TensorDType
 
 IGNORED_INPUTS = frozenset({"mask"})
 """Loss inputs that clients add for their own use."""
 
 _NOT_OFFERED = {
-    "stable_reinforce": "its objective is not public; use importance_sampling, ppo or cispo",
-    "custom": "losses are not run in the server; use forward_backward_custom, which computes the loss in the client",
+    CUSTOM_LOSS: "this trainer runs no custom losses; give a plain function to forward_backward_custom",
 }
 # A threshold may be infinite to mean "not clipped".
 _MAY_BE_INFINITE = frozenset({"clip_low_threshold", "clip_high_threshold"})
@@ -46,8 +47,11 @@ def check_pass(request: PreparedModelPass, losses: Mapping[str, LossPlugin], lim
     if not request.data:
         raise InvalidRequestError("data is empty; send at least one datum")
     _check_config(request, loss)
+    custom_loss = request.custom_loss if loss.name == CUSTOM_LOSS else None
     for index, datum in enumerate(request.data):
-        _check_datum(index, datum, loss, limits)
+        _check_datum(index, datum, loss, limits, custom_loss)
+    if custom_loss is not None:
+        check_dense_size(request.data, custom_loss)
     return loss
 
 
@@ -66,8 +70,15 @@ def effective_config(config: Mapping[str, float | str], loss: LossPlugin) -> dic
     return {**loss.default_config, **config}
 
 
-def loss_inputs(datum: Datum) -> dict[str, TensorData]:
-    """The inputs of a datum that its loss may look at."""
+def loss_inputs(datum: Datum, loss: LossPlugin) -> dict[str, TensorData]:
+    """The inputs of a checked datum that its loss may look at."""
+    inputs = _own_inputs(datum)
+    if loss.uses_provenance and datum.loss_fn_input_spans:
+        inputs[SAMPLED] = sampled_mask(datum.loss_fn_input_spans)
+    return inputs
+
+
+def _own_inputs(datum: Datum) -> dict[str, TensorData]:
     return {name: tensor for name, tensor in datum.loss_fn_inputs.items() if name not in IGNORED_INPUTS}
 
 
@@ -75,6 +86,8 @@ def _check_config(request: PreparedModelPass, loss: LossPlugin) -> None:
     known = (*loss.required_config, *loss.default_config)
     for key, value in request.loss_fn_config.items():
         if key not in known:
+            if not value:
+                continue  # null, false, 0 and empty say nothing
             names = ", ".join(known) or "none"
             raise InvalidLossConfigError(f"loss_fn_config has no key {key!r} for {loss.name}; known keys: {names}")
         wants_text = isinstance(loss.default_config.get(key), str)
@@ -87,9 +100,13 @@ def _check_config(request: PreparedModelPass, loss: LossPlugin) -> None:
         per_token = key in loss.optional_inputs and all(key in datum.loss_fn_inputs for datum in request.data)
         if key not in request.loss_fn_config and not per_token:
             raise InvalidLossConfigError(f"loss_fn_config needs {key!r} for {loss.name}; it has no default")
+    if loss.check_config is not None:
+        loss.check_config(effective_config(request.loss_fn_config, loss))
 
 
-def _check_datum(index: int, datum: Datum, loss: LossPlugin, limits: PassLimits) -> None:
+def _check_datum(
+    index: int, datum: Datum, loss: LossPlugin, limits: PassLimits, custom_loss: CustomLoss | None
+) -> None:
     tokens = datum.model_input.text_tokens()
     if tokens.size == 0:
         raise InvalidDatumError(index, "model_input has no tokens; at least one is needed")
@@ -98,7 +115,21 @@ def _check_datum(index: int, datum: Datum, loss: LossPlugin, limits: PassLimits)
             index, f"model_input has {tokens.size} tokens; the context holds {limits.max_context_length}"
         )
     _check_ids(index, "model_input", tokens, limits.vocab_size)
-    inputs = loss_inputs(datum)
+    if custom_loss is None:
+        _check_names(index, datum, loss)
+    else:
+        check_custom_inputs(index, datum, custom_loss)
+    target = datum.loss_fn_inputs[TARGETS]
+    if target.dtype is not TensorDType.INT64:
+        raise InvalidDatumError(index, f"{TARGETS} must be int64 token ids, got {target.dtype}")
+    _check_target_shape(index, target, int(tokens.size), loss)
+    _check_ids(index, TARGETS, target.data, limits.vocab_size)
+    if custom_loss is None:
+        _check_values(index, datum, loss)
+
+
+def _check_names(index: int, datum: Datum, loss: LossPlugin) -> None:
+    inputs = _own_inputs(datum)
     for name in loss.required_inputs:
         if name not in inputs:
             raise InvalidDatumError(index, f"loss_fn_inputs lacks {name!r}, which {loss.name} needs")
@@ -108,14 +139,18 @@ def _check_datum(index: int, datum: Datum, loss: LossPlugin, limits: PassLimits)
             raise InvalidDatumError(
                 index, f"loss_fn_inputs has {name!r}, which {loss.name} does not take; it takes {', '.join(allowed)}"
             )
-    target = inputs[TARGETS]
-    if target.dtype is not TensorDType.INT64:
-        raise InvalidDatumError(index, f"{TARGETS} must be int64 token ids, got {target.dtype}")
-    _check_target_shape(index, target, int(tokens.size), loss)
-    _check_ids(index, TARGETS, target.data, limits.vocab_size)
-    for name, tensor in inputs.items():
+
+
+def _check_values(index: int, datum: Datum, loss: LossPlugin) -> None:
+    target = datum.loss_fn_inputs[TARGETS]
+    for name, tensor in _own_inputs(datum).items():
         if name != TARGETS:
             _check_input(index, name, tensor, target)
+    if loss.uses_provenance and datum.loss_fn_input_spans:
+        try:
+            check_tiling(datum.loss_fn_input_spans, target.shape[0])
+        except ValueError as error:
+            raise InvalidDatumError(index, str(error)) from error
 
 
 def _check_ids(index: int, name: str, ids: npt.NDArray[Any], vocab_size: int) -> None:
