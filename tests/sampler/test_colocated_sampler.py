@@ -232,3 +232,21 @@ def test_weights_that_have_diverged_fail_their_own_samples_only(model_path: Path
     healthy = results["healthy"].output
     assert healthy is not None
     assert healthy.sequences[0].tokens == expected.tokens
+
+
+def test_a_cancelled_sample_leaves_its_slot_to_the_next(model_path: Path) -> None:
+    rank = Rank(model_path, max_decode_batch=1)
+    rank.submit("alone")
+    expected = rank.run()["alone"].sequences
+    for name in ("first", "second", "third"):
+        rank.submit(name, seed=1 if name == "third" else 5)
+    rank.sampler.step()
+    sampler = rank.sampler
+    assert [sampler.is_waiting(name) for name in ("first", "second", "third", "unknown")] == [False, True, True, False]
+    sampler.cancel("second")  # in the queue: it never begins
+    sampler.cancel("first")  # running: its slot is free in the very next step
+    sampler.step()
+    assert not sampler.is_waiting("third")
+    outputs = rank.run()
+    assert outputs.keys() == {"third"}
+    assert outputs["third"].sequences == expected  # nothing of its predecessor is left in the slot

@@ -186,6 +186,11 @@ class Scheduler:
         skipped, self._skipped = tuple(self._skipped), []
         return skipped
 
+    def can_progress(self, model_id: str) -> bool:
+        """Whether a model works, or will, without any request that is still to arrive."""
+        queue = self._models.get(model_id)
+        return queue is not None and (queue.running or queue.next_seq_id in queue.pending)
+
     def num_queued(self) -> int:
         """Requests waiting."""
         return sum(len(queue.pending) for queue in self._models.values())

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,21 @@ from tinker_core.errors import ConfigurationError, TinkerError, WorkerLostError
 from tinker_core.executors.protocol import METHODS
 from tinker_core.executors.rank import CALL, FAILED, READY, RESULT, STOP, Start
 from tinker_core.interfaces import ExecutorPlugin, WorkerGroupSpec
-from tinker_core.types import RequestError
+from tinker_core.types import PreparedModelPassBatch, RequestError
 
 log = logging.getLogger(__name__)
 
 _STOP_SECONDS = 20.0
+_LARGE_PASS = 64
+"""Data of a pass that are encoded off the event loop: thousands of them would stop it for a second."""
+_LARGE_ANSWER = 64 * 1024
+"""Bytes of an answer that is decoded off the event loop."""
+
+
+def _is_large(payload: object) -> bool:
+    if not isinstance(payload, PreparedModelPassBatch):
+        return False
+    return sum(len(request.data) for request in payload.requests) > _LARGE_PASS
 
 
 class RemoteError(TinkerError):
@@ -56,7 +67,8 @@ class LocalGroup:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._processes: list[asyncio.subprocess.Process] = []
-        self._calls: dict[int, tuple[str, asyncio.Future[Any]]] = {}
+        self._calls: dict[int, asyncio.Future[bytes]] = {}
+        """Encoded answers to come."""
         self._ids = itertools.count()
         self._ready: set[int] = set()
         self._all_ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -105,7 +117,7 @@ class LocalGroup:
             self._lost.set_result(reason)
         if not self._all_ready.done():
             self._all_ready.set_exception(ConfigurationError(f"{reason} while it was starting; see its log above"))
-        for _, future in self._calls.values():
+        for future in self._calls.values():
             if not future.done():
                 future.set_exception(WorkerLostError(f"{reason}; its models are gone"))
         self._calls.clear()
@@ -135,11 +147,11 @@ class LocalGroup:
 
     def _answer(self, message: list[bytes]) -> None:
         kind, call_id, payload = message
-        method, future = self._calls.pop(int(call_id), ("", None))
+        future = self._calls.pop(int(call_id), None)
         if future is None or future.done():
             return  # the caller has gone away
         if kind == RESULT:
-            future.set_result(self._encoder.decode(payload, METHODS[method][1]))
+            future.set_result(payload)
         else:
             future.set_exception(raise_error(self._encoder.decode(payload, RequestError)))
 
@@ -147,12 +159,20 @@ class LocalGroup:
         """Run one command in every rank and return rank 0's answer."""
         if self._lost.done():
             raise WorkerLostError(f"{self._lost.result()}; its models are gone")
-        body = self._encoder.encode(Nothing() if payload is None else payload, METHODS[method][0])
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        encode = partial(self._encoder.encode, Nothing() if payload is None else payload, METHODS[method][0])
+        body = await asyncio.to_thread(encode) if _is_large(payload) else encode()
+        if self._lost.done():  # while it was encoded
+            raise WorkerLostError(f"{self._lost.result()}; its models are gone")
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         call_id = next(self._ids)
-        self._calls[call_id] = (method, future)
-        await self._socket.send_multipart([b"0", CALL, str(call_id).encode(), method.encode(), body])
-        return await future
+        self._calls[call_id] = future
+        try:
+            await self._socket.send_multipart([b"0", CALL, str(call_id).encode(), method.encode(), body])
+            answer = await future
+        finally:
+            self._calls.pop(call_id, None)  # also of a caller that has gone away
+        decode = partial(self._encoder.decode, answer, METHODS[method][1])
+        return await asyncio.to_thread(decode) if len(answer) > _LARGE_ANSWER else decode()
 
     @property
     def is_lost(self) -> bool:
@@ -183,7 +203,7 @@ class LocalGroup:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for _, future in self._calls.values():
+        for future in self._calls.values():
             if not future.done():
                 future.set_exception(WorkerLostError("the server is stopping"))
         self._calls.clear()

@@ -70,6 +70,13 @@ class CancelCall:
     request_id: str
 
 
+@attrs.frozen(kw_only=True)
+class WaitingCall:
+    """A sample request to ask about."""
+
+    request_id: str
+
+
 METHODS: dict[str, tuple[Any, Any]] = {
     "capabilities": (Nothing, GroupCapabilities),
     "create": (PreparedModel, Nothing),
@@ -83,5 +90,6 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "retire": (RetireCall, Nothing),
     "sample": (PreparedSample, SampleOutput),
     "cancel": (CancelCall, Nothing),
+    "is_waiting": (WaitingCall, bool),
 }
 """Payload and answer type of every command."""

@@ -23,6 +23,7 @@ from tinker_core.executors.protocol import (
     PublishCall,
     RetireCall,
     StateCall,
+    WaitingCall,
 )
 from tinker_core.interfaces import RankSampler, Trainer
 from tinker_core.types import PreparedModelPassBatch, PreparedSample, RequestError, SampleResult
@@ -81,6 +82,7 @@ class RankLoop:
             "retire": self._retire,
             "sample": self._sample,
             "cancel": self._cancel,
+            "is_waiting": self._is_waiting,
         }
         self._operations: dict[str, Callable[[Any], object]] = {
             "create": trainer.create,
@@ -194,6 +196,10 @@ class RankLoop:
         self._require_sampler().cancel(call.request_id)
         self._samples.pop(call.request_id, None)
         self._answers.result(command, Nothing())
+
+    def _is_waiting(self, command: Command) -> None:
+        call: WaitingCall = command.payload
+        self._answers.result(command, self._require_sampler().is_waiting(call.request_id))
 
     def _answer_sample(self, result: SampleResult) -> None:
         command = self._samples.pop(result.request_id, None)
