@@ -2,7 +2,8 @@
 
 A repeat of a request (a client that lost our answer sends it again) gets the first one's receipt.  The identities are
 (model, seq_id), (sampling session, seq_id), (session, model_seq_id), (session, custom_loss_seq_id) and, for sampling
-sessions, which are made without a future, (session, sampling_session_seq_id).
+sessions, which are made without a future, (session, sampling_session_seq_id).  Each counts within one owner only, so
+that nobody is handed the receipt of somebody else's request.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from tinker_core.types import (
     OptimStepInput,
     RequestType,
     SampleInput,
+    SampleTarget,
+    SaveWeightsExternalInput,
     SaveWeightsForSamplerInput,
     SaveWeightsInput,
+    UnloadModelInput,
 )
 
 _R = TypeVar("_R", bound=EngineRequest)
@@ -65,7 +69,9 @@ def seq_id_of(request: EngineRequest) -> int:
     """The request's place in its model's order; creations are 0."""
     if isinstance(request, CreateModelInput) or creates_model(request):
         return 0
-    seq_id = None if isinstance(request, CreateModelInput | CreateCustomLossInput) else request.seq_id
+    if isinstance(request, CreateCustomLossInput | UnloadModelInput):
+        raise InvalidRequestError("requests of this type have no place in a model's order")
+    seq_id = request.seq_id
     if seq_id is None:
         raise InvalidRequestError("seq_id is missing; number the requests of a model 1, 2, 3, …")
     return seq_id
@@ -83,7 +89,9 @@ _TYPES: dict[type, RequestType] = {
     OptimStepInput: RequestType.OPTIM_STEP,
     SaveWeightsInput: RequestType.SAVE_WEIGHTS,
     SaveWeightsForSamplerInput: RequestType.SAVE_WEIGHTS_FOR_SAMPLER,
+    SaveWeightsExternalInput: RequestType.SAVE_WEIGHTS_EXTERNAL,
     LoadWeightsInput: RequestType.LOAD_WEIGHTS,
+    UnloadModelInput: RequestType.UNLOAD_MODEL,
     SampleInput: RequestType.SAMPLE,
     CreateCustomLossInput: RequestType.CREATE_CUSTOM_LOSS,
 }
@@ -92,9 +100,11 @@ _TYPES: dict[type, RequestType] = {
 def identity_of(request: EngineRequest) -> Hashable:
     """What makes two submissions the same request."""
     if isinstance(request, SampleInput):
-        return ("sample", request.sampling_session_id, request.seq_id)
+        return sample_identity(request.sampling_session_id, request.seq_id)
     if isinstance(request, CreateCustomLossInput):
         return ("custom_loss", request.session_id, request.custom_loss_seq_id)
+    if isinstance(request, UnloadModelInput):
+        return ("unload", request.model_id)
     return slot_identity(model_of(request) or "", seq_id_of(request))
 
 
@@ -114,15 +124,20 @@ def slot_identity(model_id: str, seq_id: int) -> Hashable:
     return ("model", model_id, seq_id)
 
 
+def sample_identity(sampling_session_id: str, seq_id: int) -> Hashable:
+    """The identity of a sample."""
+    return ("sample", sampling_session_id, seq_id)
+
+
 class Acceptance:
     """Turns requests into accepted requests with an open future."""
 
     def __init__(self, futures: FutureTable) -> None:
         self._futures = futures
 
-    def find(self, identity: Hashable) -> AcceptedRequest | None:
-        """The receipt of the same request, if it was accepted before."""
-        return self._futures.find(identity)
+    def find(self, owner: str, identity: Hashable) -> AcceptedRequest | None:
+        """The receipt of the same request by the same owner, if it was accepted before."""
+        return self._futures.find((owner, identity))
 
     def accept(self, request: _R, caller: Caller) -> tuple[PendingResult, _R]:
         """Accept a request that is not a repeat: from here on it has a result, whatever happens.
@@ -130,21 +145,35 @@ class Acceptance:
         Returns its open future and the request with its random choices drawn.
         """
         num_samples = request.num_samples if isinstance(request, SampleInput) else 0
-        entry = self._open(type_of(request), caller, identity_of(request), model_of(request), num_samples)
+        target = None
+        if isinstance(request, SampleInput):
+            target = SampleTarget.of(request.sampling_session_id, request.seq_id)
+        entry = self._open(type_of(request), caller, identity_of(request), model_of(request), num_samples, target)
         return entry, draw_random_choices(request)
 
     def accept_unreadable(self, request_type: RequestType, caller: Caller, model_id: str, seq_id: int) -> PendingResult:
         """Accept the place in a model's order of a request that could not be decoded in full."""
         return self._open(request_type, caller, slot_identity(model_id, seq_id), model_id, 0)
 
+    def accept_unreadable_sample(self, sampling_session_id: str, seq_id: int, caller: Caller) -> PendingResult:
+        """Accept a sample that could not be decoded in full; it counts as one sequence, which will never be."""
+        target = SampleTarget.of(sampling_session_id, seq_id)
+        return self._open(RequestType.SAMPLE, caller, sample_identity(sampling_session_id, seq_id), None, 1, target)
+
     def _open(
-        self, request_type: RequestType, caller: Caller, identity: Hashable, model_id: str | None, num_samples: int
+        self,
+        request_type: RequestType,
+        caller: Caller,
+        identity: Hashable,
+        model_id: str | None,
+        num_samples: int,
+        target: SampleTarget | None = None,
     ) -> PendingResult:
-        request_id = f"req-{secrets.token_urlsafe(16)}"
+        request_id = self._futures.ids.issue(caller.owner)
         accepted = AcceptedRequest(
             request_id=request_id,
             request_type=request_type,
             model_id=model_id,
             sample_sequence_ids=tuple(f"{request_id}:{i}" for i in range(num_samples)) or None,
         )
-        return self._futures.add(accepted, caller, identity)
+        return self._futures.add(accepted, caller, (caller.owner, identity), target)

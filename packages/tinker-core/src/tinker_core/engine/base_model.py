@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tinker_core.engine.clock import Clock
 from tinker_core.engine.config import EngineConfig
 from tinker_core.engine.group_sampler import GroupSampler
+from tinker_core.engine.interruption import to_its_end
 from tinker_core.engine.probe import probe_sampling, probe_training
 from tinker_core.engine.revisions import Revisions
+from tinker_core.engine.usage import Metered
 from tinker_core.errors import (
     ConfigurationError,
     TinkerError,
@@ -27,7 +29,17 @@ from tinker_core.interfaces import Sampler, SamplerContext, SamplerPlugin, Train
 from tinker_core.plugins import Plugins
 from tinker_core.scheduler import QueuedRequest, Scheduler, Work
 from tinker_core.storage.checkpoints import safe_directory_name
-from tinker_core.types import BaseModelSpec, Datum, EngineOutput, Placement, Transport
+from tinker_core.types import (
+    BaseModelSpec,
+    Caller,
+    Datum,
+    EngineOutput,
+    Placement,
+    SampleInput,
+    SamplerRecord,
+    TinkerPath,
+    Transport,
+)
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +140,26 @@ class BaseModel:
         count = self._trainer.count_tokens
         return sum(count(chunk) for datum in data for chunk in datum.model_input.chunks)
 
+    def meter_sample(self, request: SampleInput, record: SamplerRecord, caller: Caller) -> Metered:
+        """What a sample may use. A prompt that cannot be counted counts nothing: its future will say why."""
+        try:
+            prompt = sum(self._trainer.count_tokens(chunk) for chunk in request.prompt.chunks)
+        except TinkerError:
+            prompt = 0
+        bounds = [] if request.sampling_params.max_tokens is None else [request.sampling_params.max_tokens]
+        if self._capabilities is not None:  # else the workers still start, and nobody knows
+            bounds.append(max(0, self._capabilities.trainer.max_context_length - prompt))
+        generated = min(bounds, default=0)
+        return Metered(
+            caller=caller,
+            base_model=record.base_model,
+            num_tokens=prompt,
+            max_tokens=prompt + request.num_samples * generated,
+            session_id=record.session_id,
+            run_id=_run_of(record),
+            project_id=record.project_id,
+        )
+
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def add_model(self, model_id: str) -> None:
@@ -163,7 +195,7 @@ class BaseModel:
                 self._fail(error)
                 return
             finally:
-                await _to_its_end(self._stop())
+                await to_its_end(self._stop())  # no process may stay behind
 
     async def _start(self) -> None:
         executors = self._plugins.executors()
@@ -312,11 +344,8 @@ class BaseModel:
             await group.close()
 
 
-async def _to_its_end(clean_up: Coroutine[Any, Any, None]) -> None:
-    """Run a clean-up that a cancellation may interrupt only after it is done: no process may stay behind."""
-    task = asyncio.create_task(clean_up)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await task
-        raise
+def _run_of(record: SamplerRecord) -> str | None:
+    """The run whose weights a sampling session serves; None for a bare base model."""
+    if record.model_path is not None:
+        return TinkerPath.parse(record.model_path).run_id
+    return record.revision.rpartition("@")[0] if record.revision is not None else None

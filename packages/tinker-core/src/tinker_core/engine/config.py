@@ -32,6 +32,10 @@ class EngineConfig:
     max_context_length: int | None = None
     max_revisions: int = 64
     max_decode_batch: int = 64
+    session_seconds: float | None = None
+    """A session of whose client nothing was heard for so long is finished; None keeps all."""
+    max_result_bytes: int = 4 * 1024**3
+    """About how much memory the results may take that clients have not fetched, or might fetch again."""
     options: Mapping[str, OptionValue] = attrs.field(factory=dict)
     worker_environment: Mapping[str, str] = attrs.field(factory=dict)
 

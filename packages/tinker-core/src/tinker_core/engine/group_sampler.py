@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tinker_core.errors import WorkerLostError
-from tinker_core.executors.protocol import CancelCall, PublishCall, RetireCall
+from tinker_core.executors.protocol import CancelCall, PublishCall, RetireCall, WaitingCall
 from tinker_core.interfaces import WorkerGroup
 from tinker_core.types import PreparedSample, SampleOutput, SamplerCapabilities, WeightsRef
 
@@ -43,6 +43,11 @@ class GroupSampler:
             task.add_done_callback(self._cancels.discard)
             raise
         return output
+
+    async def is_waiting(self, request_id: str) -> bool:
+        """Ask the ranks, which answer between two micro-passes."""
+        waiting: bool = await self._group.call("is_waiting", WaitingCall(request_id=request_id))
+        return waiting
 
     async def _cancel(self, request_id: str) -> None:
         try:

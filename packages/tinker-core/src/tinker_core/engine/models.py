@@ -10,13 +10,21 @@ from tinker_core.engine.acceptance import model_of
 from tinker_core.engine.base_model import BaseModel
 from tinker_core.engine.checkpoints import Checkpoints
 from tinker_core.engine.futures import FutureTable, PendingResult
-from tinker_core.engine.operations import NewModel, refuse_access_token, require_training_checkpoint
+from tinker_core.engine.operations import NewModel, require_training_checkpoint
 from tinker_core.engine.registry import Registry
 from tinker_core.errors import CheckpointMismatchError, InvalidRequestError, WorkerLostError
 from tinker_core.executors.protocol import ModelName
-from tinker_core.types import CreateModelInput, LoadWeightsInput, SessionRecord, TrainingRunRecord
+from tinker_core.types import (
+    CreateModelInput,
+    LoadWeightsInput,
+    OptimizerConfig,
+    RequestType,
+    SessionRecord,
+    TrainingRunRecord,
+)
 
 FindSession = Callable[[str, str], Awaitable[SessionRecord]]
+FindRun = Callable[[str], Awaitable[TrainingRunRecord | None]]
 
 
 async def new_model(
@@ -24,12 +32,15 @@ async def new_model(
     entry: PendingResult,
     *,
     session: FindSession,
+    find_run: FindRun,
     checkpoints: Checkpoints,
     now: datetime,
 ) -> NewModel:
     """What a request to create a model, from nothing or from a checkpoint, asks to be made."""
     model_id = model_of(request)
     assert model_id is not None
+    if await find_run(model_id) is not None:
+        raise InvalidRequestError(f"model {model_id!r} exists already; count model_seq_id on")
     owner = entry.owner
     if isinstance(request, CreateModelInput):
         record = await session(request.session_id, owner)
@@ -58,9 +69,8 @@ async def _from_checkpoint(
     checkpoints: Checkpoints,
     now: datetime,
 ) -> NewModel:
-    refuse_access_token(request)
     record = await session(request.session_id or "", owner)
-    checkpoint = await checkpoints.get(request.path, owner)
+    checkpoint = await checkpoints.get(request.path, owner, request.weights_access_token, purpose="load_weights")
     require_training_checkpoint(checkpoint)
     if request.base_model not in (None, checkpoint.base_model):
         raise CheckpointMismatchError(
@@ -76,7 +86,9 @@ async def _from_checkpoint(
         session_id=record.session_id,
         base_model=checkpoint.base_model,
         lora_config=checkpoint.lora_config,
-        optimizer_config=request.optimizer_config or checkpoint.optimizer_config,
+        optimizer_config=checkpoint.optimizer_config
+        if request.optimizer
+        else request.optimizer_config or OptimizerConfig(),
         created_at=now,
         last_request_at=now,
         owner=owner,
@@ -91,13 +103,21 @@ async def release_models(
 ) -> None:
     """Unload the models of a finished session, each after the work that was accepted for it."""
     for run in registry.models_of(session_id):
-        waiting = [entry.done for entry in futures.pending(lambda entry, m=run.model_id: entry.accepted.model_id == m)]  # type: ignore[misc]
-        if waiting:
-            await asyncio.wait(waiting)
-        base = bases[run.base_model]
-        base.remove_model(run.model_id)
-        await registry.remove_model(run.model_id)
-        try:
-            await base.group.call("unload", ModelName(model_id=run.model_id))
-        except WorkerLostError:
-            continue  # it went with its process
+        await release_model(run, registry, bases[run.base_model], futures)
+
+
+async def release_model(run: TrainingRunRecord, registry: Registry, base: BaseModel, futures: FutureTable) -> None:
+    """Unload a model after the work that was accepted for it."""
+    waiting = [
+        entry.done
+        for entry in futures.pending(lambda entry: entry.accepted.model_id == run.model_id)
+        if entry.accepted.request_type is not RequestType.UNLOAD_MODEL
+    ]
+    if waiting:
+        await asyncio.wait(waiting)
+    base.remove_model(run.model_id)
+    await registry.remove_model(run.model_id)
+    try:
+        await base.group.call("unload", ModelName(model_id=run.model_id))
+    except WorkerLostError:
+        return  # it went with its process

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import attrs
 
@@ -11,6 +12,7 @@ from tinker_core.engine.acceptance import sampling_session_id_of
 from tinker_core.engine.base_model import BaseModel
 from tinker_core.engine.checkpoints import Checkpoints
 from tinker_core.engine.clock import Clock
+from tinker_core.engine.external import finish_export, parse_recipients
 from tinker_core.engine.registry import Registry
 from tinker_core.errors import CheckpointMismatchError, InvalidRequestError, TinkerError, UnsupportedFeatureError
 from tinker_core.executors.protocol import ModelName, StateCall
@@ -34,6 +36,7 @@ from tinker_core.types import (
     PreparedOptimStep,
     RequestError,
     SamplerSaveKind,
+    SaveWeightsExternalInput,
     SaveWeightsForSamplerInput,
     SaveWeightsInput,
     SaveWeightsOutput,
@@ -115,6 +118,7 @@ class Operations:
                     loss_fn=body.loss_fn,
                     loss_fn_config=body.loss_fn_config,
                     forward_only=body.forward_only,
+                    custom_loss=body.custom_loss,
                 )
             )
         self._answer(
@@ -155,6 +159,8 @@ class Operations:
             return await self._load(base, body)
         if isinstance(body, SaveWeightsInput):
             return await self._save(base, body, request.request_id)
+        if isinstance(body, SaveWeightsExternalInput):
+            return await self._save_external(base, body, request.request_id)
         assert isinstance(body, SaveWeightsForSamplerInput)
         if body.path is not None:
             return await self._save_for_sampler(base, body, body.path, request.request_id)
@@ -190,9 +196,10 @@ class Operations:
 
     async def _load(self, base: BaseModel, body: LoadWeightsInput) -> LoadWeightsOutput:
         assert body.model_id is not None
-        refuse_access_token(body)
         run = self._registry.model(body.model_id)
-        checkpoint = await self._checkpoints.get(body.path, run.owner)
+        checkpoint = await self._checkpoints.get(
+            body.path, run.owner, body.weights_access_token, purpose="load_weights"
+        )
         if checkpoint.base_model != run.base_model:
             raise CheckpointMismatchError(
                 f"checkpoint {body.path!r} is of base model {checkpoint.base_model!r}, the model of {run.base_model!r}"
@@ -240,6 +247,24 @@ class Operations:
             await base.group.call("export", StateCall(model_id=body.model_id, directory=str(directory)))
         return SaveWeightsOutput(path=str(path))
 
+    async def _save_external(
+        self, base: BaseModel, body: SaveWeightsExternalInput, request_id: str
+    ) -> SaveWeightsOutput:
+        run = self._registry.model(body.model_id)
+        path = _new_path(body.model_id, CheckpointType.EXTERNAL, body.path)
+        recipients = parse_recipients(body.age_encryption_recipients)
+        async with self._checkpoints.save(
+            path,
+            run,
+            request_id,
+            ttl_seconds=body.ttl_seconds,
+            overwrite=False,
+            user_metadata=None,
+        ) as directory:
+            await base.group.call("export", StateCall(model_id=body.model_id, directory=str(directory)))
+            await finish_export(directory, recipients)
+        return SaveWeightsOutput(path=str(path))
+
     async def _publish(self, base: BaseModel, body: SaveWeightsForSamplerInput, request_id: str) -> SaveWeightsOutput:
         """An ephemeral save: weights for one sampling session, which it opens."""
         if body.sampling_session_seq_id is None:
@@ -247,11 +272,15 @@ class Operations:
         if body.ttl_seconds is not None:
             raise InvalidRequestError("ttl_seconds applies to named saves; an ephemeral save lives with its session")
         run = self._registry.model(body.model_id)
+        session_id = sampling_session_id_of(run.session_id, body.sampling_session_seq_id)
+        if await self._registry.find_sampler(session_id) is not None:
+            raise InvalidRequestError(
+                f"sampling_session_seq_id={body.sampling_session_seq_id} has a sampling session already; count on"
+            )
         revision = f"{body.model_id}@{request_id}"
         await self._publish_revision(base, body.model_id, revision)
         if body.kind is SamplerSaveKind.INFLIGHT:
             revision = await self._move_inflight(base, body.model_id, revision)
-        session_id = sampling_session_id_of(run.session_id, body.sampling_session_seq_id)
         await self._registry.add_sampler(session_id, run, revision=revision, now=self._clock.now())
         return SaveWeightsOutput(sampling_session_id=session_id)
 
@@ -260,7 +289,11 @@ class Operations:
             raise UnsupportedFeatureError(
                 "this sampler cannot take weights from memory yet; save under a name and sample from its path"
             )
-        await base.revisions.publish_live(revision, model_id)
+
+        async def export(directory: Path) -> None:
+            await base.group.call("export", StateCall(model_id=model_id, directory=str(directory)))
+
+        await base.revisions.publish_live(revision, model_id, export)
 
     async def _move_inflight(self, base: BaseModel, model_id: str, revision: str) -> str:
         """Point the model's inflight target at new weights; sampling sessions keep the target's name."""
@@ -276,17 +309,12 @@ def inflight_name(model_id: str) -> str:
     return f"{model_id}@inflight"
 
 
-def refuse_access_token(body: LoadWeightsInput) -> None:
-    """Raise `UnsupportedFeatureError` for a token that this server could not check."""
-    if body.weights_access_token is not None:
-        raise UnsupportedFeatureError("this server issues no access tokens; leave weights_access_token out")
-
-
 def require_training_checkpoint(checkpoint: CheckpointRecord) -> None:
     """Raise `CheckpointMismatchError` for a checkpoint that holds no optimizer state."""
     if checkpoint.path.kind is not CheckpointType.TRAINING:
+        kind = "sampler" if checkpoint.path.kind is CheckpointType.SAMPLER else "external"
         raise CheckpointMismatchError(
-            f"{str(checkpoint.path)!r} holds sampler weights; load a path of kind 'weights', as save_state makes it"
+            f"{str(checkpoint.path)!r} holds {kind} weights; load a path of kind 'weights', as save_state makes it"
         )
 
 

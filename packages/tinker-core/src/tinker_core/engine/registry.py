@@ -10,6 +10,9 @@ from tinker_core.errors import SessionFinishedError, UnknownModelError, UnknownS
 from tinker_core.storage.control import ControlStore
 from tinker_core.types import SamplerRecord, SessionRecord, TrainingRunRecord
 
+SILENT_SECONDS = 120.0
+"""Clients beat every ten seconds, and complain after this long without an answer."""
+
 
 class Registry:
     """What exists. Reads of live things never reach the database."""
@@ -18,11 +21,13 @@ class Registry:
         self.control = control
         self.inflight: dict[str, str] = {}
         """The revision behind each model's inflight target."""
-        self.finished_sessions: set[str] = set()
-        """Sessions that this process has seen finish."""
+        self.finished_sessions: dict[str, str] = {}
+        """Owners of the sessions that this process has seen finish."""
         self._sessions: dict[str, SessionRecord] = {}
         self._models: dict[str, TrainingRunRecord] = {}
         self._samplers: dict[str, SamplerRecord] = {}
+        self._seen: dict[str, float] = {}
+        """When the client of each unfinished session was last heard of, in monotonic seconds; longest ago first."""
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
@@ -50,10 +55,38 @@ class Registry:
         """Close a session; the first reason stays."""
         if record.finished_at is not None:
             return
+        self._seen.pop(record.session_id, None)
         finished = attrs.evolve(record, finished_at=at, finish_reason=reason, finish_detail=detail)
         self._sessions[record.session_id] = finished
-        self.finished_sessions.add(record.session_id)
+        self.finished_sessions[record.session_id] = record.owner
         await self.control.finish_session(record.session_id, at, reason, detail)
+
+    def saw(self, session_id: str, now: float) -> None:
+        """Note that the client of a session lives."""
+        if session_id not in self.finished_sessions:
+            self._seen.pop(session_id, None)
+            self._seen[session_id] = now
+
+    def give_up(self, session_id: str) -> None:
+        """Wait for no more signs of life."""
+        self._seen.pop(session_id, None)
+
+    def longest_silent(self) -> tuple[str, float] | None:
+        """The unfinished session whose client was heard of longest ago, and when that was."""
+        return next(iter(self._seen.items()), None)
+
+    def active_sessions(self, now: float) -> frozenset[str]:
+        """Ids of the unfinished sessions whose clients were heard of lately."""
+        return frozenset(session_id for session_id, seen in self._seen.items() if now - seen <= SILENT_SECONDS)
+
+    def set_project(self, session_id: str, project_id: str) -> None:
+        """What is in memory of a session moves into a project with it."""
+        if session_id in self._sessions:
+            self._sessions[session_id] = attrs.evolve(self._sessions[session_id], project_id=project_id)
+        for run in self.models_of(session_id):
+            self._models[run.model_id] = attrs.evolve(run, project_id=project_id)
+        for sampler in [sampler for sampler in self._samplers.values() if sampler.session_id == session_id]:
+            self._samplers[sampler.sampling_session_id] = attrs.evolve(sampler, project_id=project_id)
 
     # --- models -------------------------------------------------------------------------------------------------------
 
@@ -138,6 +171,11 @@ class Registry:
     async def find_sampler(self, sampling_session_id: str) -> SamplerRecord | None:
         """A sampling session, or None."""
         return self._samplers.get(sampling_session_id) or await self.control.get_sampler(sampling_session_id)
+
+    def forget_inflight_of(self, session_id: str) -> None:
+        """Forget the inflight targets of a finished session's models."""
+        for model_id in [name for name in self.inflight if name.startswith(f"{session_id}:train:")]:
+            del self.inflight[model_id]
 
     def forget_samplers_of(self, session_id: str) -> list[SamplerRecord]:
         """Take the sampling sessions of a finished session out of memory; their records remain."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import attrs
 
+from tinker_core.engine.interruption import to_its_end
 from tinker_core.errors import UnknownCheckpointError
 from tinker_core.interfaces import Sampler
 from tinker_core.types import Transport, WeightsRef
@@ -56,13 +57,22 @@ class Revisions:
         """Whether a revision is resident or has files."""
         return name in self._revisions
 
-    async def publish_live(self, name: str, model_id: str) -> None:
-        """Publish the present weights of a live model that shares a process with the sampler."""
+    async def publish_live(self, name: str, model_id: str, export: Callable[[Path], Awaitable[object]]) -> None:
+        """Publish the present weights of a live model that shares a process with the sampler.
+
+        When samples in progress need all the room there is, the weights are exported to a file instead: whoever saves
+        never waits for them.
+        """
+        if self._room.locked() or not self._has_room():
+            directory = await self._new_spill()
+            await export(directory)
+            self._revisions[name] = _Revision(name=name, directory=directory, spilled=True)
+            return
         revision = _Revision(name=name, directory=None)
         async with self._room:
             await self._make_room()
-            await self._sampler.publish(name, WeightsRef(transport=Transport.IN_PROCESS, model_id=model_id))
-            revision.resident = True
+            ref = WeightsRef(transport=Transport.IN_PROCESS, model_id=model_id)
+            await to_its_end(self._publish(revision, ref))
             self._revisions[name] = revision
 
     def add_files(self, name: str, directory: Path) -> None:
@@ -88,14 +98,14 @@ class Revisions:
             revision.users -= 1
             self._idle.set()
             if revision.dropped:
-                await self._forget(revision)
+                await to_its_end(self._forget(revision))
 
     async def drop(self, name: str) -> None:
         """Forget a revision, as soon as nobody uses it any more."""
         revision = self._revisions.get(name)
         if revision is not None:
             revision.dropped = True
-            await self._forget(revision)
+            await to_its_end(self._forget(revision))
 
     async def _ensure_resident(self, revision: _Revision) -> None:
         async with revision.loading:
@@ -106,8 +116,17 @@ class Revisions:
             ref = WeightsRef(transport=Transport.FILE, directory=str(revision.directory))
             async with self._room:
                 await self._make_room()
-                await self._sampler.publish(revision.name, ref)
-                revision.resident = True
+                await to_its_end(self._publish(revision, ref))
+
+    async def _publish(self, revision: _Revision, ref: WeightsRef) -> None:
+        await self._sampler.publish(revision.name, ref)
+        revision.resident = True
+
+    def _has_room(self) -> bool:
+        """Whether one more fits now, or as soon as one that nobody uses has left."""
+        if self.num_resident < self._sampler.capabilities().max_revisions:
+            return True
+        return any(revision.resident and revision.users == 0 for revision in self._revisions.values())
 
     async def _make_room(self) -> None:
         """Evict until one more fits; waits while all are in use. Called with the room held."""
@@ -119,23 +138,25 @@ class Revisions:
             if victim is None:
                 await self._idle.wait()
             else:
-                await self._evict(victim)
+                await to_its_end(self._evict(victim))
 
     async def _evict(self, revision: _Revision) -> None:
         async with revision.loading:
             if revision.users or not revision.resident:
                 return  # it was wanted again, or forgotten, while this waited
-            spill = None
-            if revision.directory is None:
-                self._spills += 1
-                spill = self._spill_directory / f"{self._spills:06d}"
-                await asyncio.to_thread(spill.mkdir, parents=True)
-            revision.resident = False
+            revision.resident = False  # from here on it is this call that retires it, also if it is dropped meanwhile
+            spill = await self._new_spill() if revision.directory is None else None
             await self._sampler.retire(revision.name, str(spill) if spill else None)
             if spill is not None:
                 revision.directory, revision.spilled = spill, True
-            if revision.dropped and revision.spilled and revision.directory is not None:
-                await asyncio.to_thread(shutil.rmtree, revision.directory)  # forgotten while it was written
+            if revision.name not in self._revisions and revision.spilled:
+                await self._remove_spill(revision)  # forgotten while it was written
+
+    async def _new_spill(self) -> Path:
+        self._spills += 1
+        directory = self._spill_directory / f"{self._spills:06d}"
+        await asyncio.to_thread(directory.mkdir, parents=True)
+        return directory
 
     async def _forget(self, revision: _Revision) -> None:
         if revision.users or self._revisions.pop(revision.name, None) is None:
@@ -144,5 +165,9 @@ class Revisions:
         if revision.resident:
             revision.resident = False
             await self._sampler.retire(revision.name, None)
-        if revision.spilled and revision.directory is not None:
-            await asyncio.to_thread(shutil.rmtree, revision.directory)
+        if revision.spilled:
+            await self._remove_spill(revision)
+
+    async def _remove_spill(self, revision: _Revision) -> None:
+        assert revision.directory is not None
+        await asyncio.to_thread(shutil.rmtree, revision.directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 from tinker_core.engine.base_model import BaseModel
@@ -13,24 +14,34 @@ from tinker_core.engine.futures import PendingResult
 from tinker_core.engine.operations import inflight_name
 from tinker_core.engine.registry import Registry
 from tinker_core.errors import (
+    CancelledRequestError,
     InvalidRequestError,
     LostWeightsError,
     TinkerError,
     UnknownCheckpointError,
     UnsupportedFeatureError,
+    WorkerLostError,
 )
 from tinker_core.executors.rank_loop import describe_error
 from tinker_core.types import (
+    ACTIVE,
     CheckpointRecord,
     CreateSamplingSessionInput,
     EngineOutput,
     PreparedSample,
+    QueueState,
+    QueueStatus,
     SampleInput,
     SamplerRecord,
     SessionRecord,
 )
 
 log = logging.getLogger(__name__)
+
+_ANSWER_SECONDS = 2.0
+"""How long the answer to a poll may wait for the sampler, which answers between two pieces of work."""
+_NO_SLOT = "waiting for a sampler slot"
+_LOADING = QueueStatus(state=QueueState.PAUSED_CAPACITY, reason="waiting for room for these weights in the sampler")
 
 
 class Sampling:
@@ -48,7 +59,10 @@ class Sampling:
         self._checkpoints = checkpoints
         self._clock = clock
         self._resolve = resolve
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[str, asyncio.Task[None]] = {}
+        """The task of each sample by request id."""
+        self.in_progress: Counter[str] = Counter()
+        """Samples accepted and not finished, by base model."""
 
     async def open(
         self,
@@ -62,7 +76,7 @@ class Sampling:
             raise InvalidRequestError("give either base_model or model_path")
         checkpoint: CheckpointRecord | None = None
         if request.model_path is not None:
-            checkpoint = await self._checkpoints.get(request.model_path, session.owner)
+            checkpoint = await self._checkpoints.get(request.model_path, session.owner, purpose="sample")
         base = base_of(checkpoint.base_model if checkpoint is not None else request.base_model or "")
         if not base.spec.sampleable:
             raise UnsupportedFeatureError(f"base model {base.spec.name!r} is served for training only")
@@ -81,16 +95,52 @@ class Sampling:
 
     def start(self, request: SampleInput, record: SamplerRecord, entry: PendingResult, base: BaseModel) -> None:
         """Run a sample behind the caller's back; its future gets the result."""
-        task = asyncio.create_task(self._run(request, record, entry.accepted.request_id, base))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        request_id = entry.accepted.request_id
+        task = asyncio.create_task(self._run(request, record, entry, base))
+        self._running[request_id] = task
+        self.in_progress[base.spec.name] += 1
 
-    async def _run(self, request: SampleInput, record: SamplerRecord, request_id: str, base: BaseModel) -> None:
+        def end(_: asyncio.Task[None]) -> None:
+            del self._running[request_id]
+            self.in_progress[base.spec.name] -= 1
+
+        task.add_done_callback(end)
+
+    async def cancel(self, request_id: str) -> None:
+        """End a sample in progress, wherever it is, and fail its future; one that is not in progress is left alone."""
+        task = self._running.get(request_id)
+        if task is None:
+            return
+        task.cancel()
+        await asyncio.wait([task])
+        # A sample that ended in the same moment has its result already, and keeps it.
+        self._resolve(request_id, describe_error(CancelledRequestError(request_id)))
+
+    async def queue_status(self, request_id: str, base: BaseModel) -> QueueStatus:
+        """Whether a sample that the engine has handed over has a place in its sampler."""
+        if not base.has_sampler:
+            return _restarting(base)
+        asking = asyncio.create_task(base.sampler.is_waiting(request_id))
+        try:
+            await asyncio.wait([asking], timeout=_ANSWER_SECONDS)
+            if not asking.done():
+                return QueueStatus(state=QueueState.PAUSED_CAPACITY, reason="the sampler is busy with other work")
+            waits = asking.result()
+        except WorkerLostError:
+            return _restarting(base)
+        finally:
+            asking.cancel()
+        return QueueStatus(state=QueueState.PAUSED_CAPACITY, reason=_NO_SLOT) if waits else ACTIVE
+
+    async def _run(self, request: SampleInput, record: SamplerRecord, entry: PendingResult, base: BaseModel) -> None:
         output: EngineOutput
+        request_id = entry.accepted.request_id
         try:
             await base.wait_started()
             name = await self._revision(record, base)
+            entry.status = _LOADING
             async with base.revisions.use(name) as revision:
+                entry.status, entry.started_at = ACTIVE, self._clock.monotonic()
                 sample = PreparedSample(request_id=request_id, revision=revision, request=request)
                 output = await base.sampler.sample(sample)
         except Exception as error:
@@ -133,13 +183,22 @@ class Sampling:
                 continue
             revision = self._ephemeral_revision(record.revision)
             if revision is not None:
-                await base.revisions.drop(revision)
+                try:
+                    await base.revisions.drop(revision)
+                except WorkerLostError:
+                    continue  # it went with its process
+        self._registry.forget_inflight_of(session_id)
 
     async def close(self) -> None:
         """End the samples in flight; their clients will see a server that stopped."""
-        for task in self._running:
+        tasks = list(self._running.values())
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _restarting(base: BaseModel) -> QueueStatus:
+    return QueueStatus(state=QueueState.PAUSED_CAPACITY, reason=f"base model {base.spec.name!r} is restarting")
 
 
 def _revision_of(checkpoint: CheckpointRecord) -> str:
