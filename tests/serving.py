@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -14,9 +15,9 @@ from tinker_server.serving import open_socket, url_of
 
 
 @contextlib.contextmanager
-def serve_in_thread(app: Starlette) -> Iterator[str]:
-    """Serve an app on a free port for the length of a block; yields its base URL."""
-    listener = open_socket("127.0.0.1", 0)
+def serve_in_thread(app: Starlette, *, port: int = 0, **options: Any) -> Iterator[str]:
+    """Serve an app on a free port for the length of a block; yields its base URL. ``options`` go to uvicorn."""
+    listener = open_socket("127.0.0.1", port)
     started = threading.Event()
 
     class Server(uvicorn.Server):
@@ -31,7 +32,8 @@ def serve_in_thread(app: Starlette) -> Iterator[str]:
                 app.state.gate.close()
             await super().shutdown([listener])
 
-    server = Server(uvicorn.Config(app, log_config=None, lifespan="on", ws="none", timeout_graceful_shutdown=5))
+    config = uvicorn.Config(app, log_config=None, lifespan="on", ws="none", timeout_graceful_shutdown=5, **options)
+    server = Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
     started.wait()

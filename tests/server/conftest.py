@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 
 from tests.serving import serve_in_thread
 from tinker_core.engine import Engine, EngineConfig
+from tinker_core.engine.clock import Clock
 from tinker_core.plugins import Plugins
 from tinker_core.testing.fakes import FAKE_PLUGIN
 from tinker_core.types import BaseModelSpec
 from tinker_server.app import create_app
+from tinker_server.limits import Limits
 
 CAPTURES = [
     json.loads(line) for line in (Path(__file__).parent / "captures" / "main_flow.jsonl").read_text().splitlines()
@@ -59,16 +62,28 @@ class Api:
         return str(result["model_id"])
 
 
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+@contextlib.contextmanager
+def open_api(
+    data_dir: Path, *, sampler: object = None, clock: Clock | None = None, port: int = 0, **settings: Any
+) -> Iterator[Api]:
+    """A server with fake models; ``sampler`` replaces the fake one, ``settings`` go to the app."""
     plugins = Plugins.load("core", FAKE_PLUGIN)
+    if sampler is not None:
+        plugins.register(sampler, "held")
     config = EngineConfig(
         base_models=(BaseModelSpec(name="tiny", path="tiny"),),
-        data_dir=tmp_path_factory.mktemp("data"),
+        data_dir=data_dir,
         backend="fake",
-        sampler="fake",
+        sampler="fake" if sampler is None else "held",
         plugins=(FAKE_PLUGIN,),
     )
-    app = create_app(Engine(config, plugins), plugins=plugins, poll_seconds=5.0, body_limit=8 * 1024 * 1024)
-    with serve_in_thread(app) as url, httpx.Client(base_url=url, timeout=60) as http:
+    settings = {"poll_seconds": 5.0, "limits": Limits(body_limit=8 * 1024 * 1024), **settings}
+    app = create_app(Engine(config, plugins, clock=clock), plugins=plugins, **settings)
+    with serve_in_thread(app, port=port) as url, httpx.Client(base_url=url, timeout=60) as http:
         yield Api(url=url, http=http)
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    with open_api(tmp_path_factory.mktemp("data")) as api:
+        yield api

@@ -15,8 +15,9 @@ from tinker_core.plugins import Plugins
 from tinker_core.testing.fakes import FAKE_PLUGIN
 from tinker_server.arguments import parse_arguments
 from tinker_server.cli import plugin_names
-from tinker_server.config import ServerConfig
+from tinker_server.config import ServerConfig, is_loopback
 from tinker_server.devices import choose_device
+from tinker_server.prices import Prices
 
 FAKE = ["--backend", "fake", "--sampler", "fake"]
 
@@ -119,8 +120,9 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, reason: str)
         (["--base-model", "a", "--num-ranks", "0"], "--num-ranks must be at least 1"),
         (["--base-model", "a", "--port", "http"], "--port"),
         (["--base-model", "a", "--max-model", "3"], "unrecognized arguments: --max-model"),
-        (["--base-model", "a", "--host", "0.0.0.0"], "--insecure-any-host"),
-        (["--base-model", "a", "--host", "example.org"], "--insecure-any-host"),
+        (["--base-model", "a", "--price-training", "-1"], "--price-training"),
+        (["--base-model", "a", "--price-storage", "inf"], "--price-storage"),
+        (["--base-model", "a", "--price-sampling", "much"], "--price-sampling"),
         (["--base-model", "a", "--dtype", "float16"], "float16"),
     ],
 )
@@ -128,13 +130,19 @@ def test_a_wrong_command_line_is_refused_by_name(arguments: list[str], reason: s
     assert reason in refusal(*arguments)
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.2", "::1"])
-def test_loopback_addresses(host: str) -> None:
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("localhost", True), ("127.0.0.2", True), ("::1", True), ("0.0.0.0", False), ("::", False), ("a.org", False)],
+)
+def test_loopback_addresses(host: str, loopback: bool) -> None:
     assert parse("--base-model", "a", "--host", host).host == host
+    assert is_loopback(host) == loopback
 
 
-def test_any_host_when_it_is_wanted() -> None:
-    assert parse("--base-model", "a", "--host", "0.0.0.0", "--insecure-any-host").host == "0.0.0.0"
+def test_prices_are_unknown_until_they_are_set() -> None:
+    assert parse("--base-model", "a").prices() == Prices()
+    priced = parse("--base-model", "a", "--price-training", "3", "--price-storage", "0").prices()
+    assert priced == Prices(price_training=3.0, price_storage=0.0)
 
 
 # --- plugin options ---------------------------------------------------------------------------------------------------

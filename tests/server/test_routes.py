@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,9 +19,11 @@ from starlette.testclient import TestClient
 from tinker.proto import tinker_public_pb2
 
 from tests.server.conftest import Api
+from tinker_core.engine import Engine, EngineConfig
 from tinker_core.errors import CapacityError, NonFiniteError, PluginError, StorageError, TinkerError, WorkerLostError
 from tinker_core.hookspecs import hookimpl
 from tinker_core.plugins import Plugins
+from tinker_core.testing.fakes import FAKE_PLUGIN
 from tinker_server.app import create_app
 from tinker_server.errors import status_of
 from tinker_server.wire.body import PROTOBUF
@@ -49,8 +52,6 @@ def proto_body(model_id: str, seq_id: int) -> bytes:
 
 
 def test_bootstrap_answers(api: Api) -> None:
-    assert api.post("client/config", {"sdk_version": "0"}).json() == {}
-    assert api.post("client/dynamic_config", {"sdk_version": "0"}).json() == {}
     assert api.post("telemetry", {"events": []}).json() == {"status": "accepted"}
     assert api.get("healthz").json() == {"status": "ok"}
     assert api.http.get("/healthz").json() == {"status": "ok"}
@@ -101,8 +102,10 @@ def test_a_finished_session_takes_no_new_work_but_can_be_read(api: Api) -> None:
         ("GET", "training_runs?limit=many", None, 400, "limit"),
         ("GET", "training_runs?limit=100000", None, 400, "limit must be at most"),
         ("POST", "create_session", {"tags": "x"}, 400, "tags"),
-        ("POST", "retrieve_futures", {}, 404, "is not implemented by this server yet"),
-        ("POST", "save_weights_external", {}, 404, "is not implemented by this server yet"),
+        ("POST", "retrieve_futures", {}, 400, "target is required"),
+        ("POST", "cancel_future", {"request_id": "r"}, 404, "unknown request 'r'"),
+        ("POST", "join_sampling_session", {"sampling_session_id": "s:sample:0"}, 404, "unknown sampling session"),
+        ("POST", "save_weights_external", {}, 400, "model_id is required"),
         ("GET", "optim_step", None, 404, "is not implemented by this server yet"),
     ],
 )
@@ -346,34 +349,42 @@ class RoutePlugin:
         register(Route(self._path, hello))
 
 
-def with_plugin(path: str) -> TestClient:
-    plugins = Plugins.load()
+def with_plugin(path: str, data_dir: Path) -> TestClient:
+    plugins = Plugins.load("core", FAKE_PLUGIN)
     plugins.register(RoutePlugin(path), "acme", distribution="acme-routes", version="1.2")
-    engine: Any = object()
-    return TestClient(create_app(engine, plugins=plugins))
+    return TestClient(create_app(engine_without_models(data_dir, plugins), plugins=plugins))
 
 
-def test_plugins_add_routes_and_are_listed() -> None:
-    client = with_plugin("/jobs/hello")
-    assert client.get("/jobs/hello").text == "hello"
-    assert client.get("/plugins").json() == [
-        {"name": "acme", "distribution": "acme-routes", "version": "1.2", "hooks": ["tinker_register_routes"]}
-    ]
+def engine_without_models(data_dir: Path, plugins: Plugins) -> Engine:
+    return Engine(EngineConfig(base_models=(), data_dir=data_dir, backend="fake", sampler=None), plugins)
+
+
+def test_plugins_add_routes_and_are_listed(tmp_path: Path) -> None:
+    with with_plugin("/jobs/hello", tmp_path) as client:
+        assert client.get("/jobs/hello").text == "hello"
+        listed = {plugin["name"]: plugin for plugin in client.get("/plugins").json()}
+    assert listed["acme"] == {
+        "name": "acme",
+        "distribution": "acme-routes",
+        "version": "1.2",
+        "hooks": ["tinker_register_routes"],
+    }
 
 
 @pytest.mark.parametrize("path", ["/api/v1/optim_step", "/api/v1"])
-def test_plugins_stay_out_of_the_api(path: str) -> None:
+def test_plugins_stay_out_of_the_api(path: str, tmp_path: Path) -> None:
     with pytest.raises(PluginError, match="must lie outside /api/v1"):
-        with_plugin(path)
+        with_plugin(path, tmp_path)
 
 
-def test_a_defect_is_answered_as_json() -> None:
-    class Broken:
-        def supported_models(self) -> None:
-            raise ZeroDivisionError
+def test_a_defect_is_answered_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Engine) -> None:
+        raise ZeroDivisionError
 
-    engine: Any = Broken()
-    client = TestClient(create_app(engine, plugins=Plugins.load()), raise_server_exceptions=False)
-    answer = client.get("/api/v1/get_server_capabilities")
+    monkeypatch.setattr(Engine, "supported_models", broken)
+    plugins = Plugins.load("core")
+    app = create_app(engine_without_models(tmp_path, plugins), plugins=plugins)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        answer = client.get("/api/v1/get_server_capabilities")
     assert answer.status_code == 500
     assert "ZeroDivisionError" in answer.json()["detail"]

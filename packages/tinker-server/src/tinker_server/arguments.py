@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import attrs
 
@@ -12,14 +12,10 @@ from tinker_core.errors import ConfigurationError, PluginError
 from tinker_core.interfaces import Option
 from tinker_core.plugins import Plugins
 from tinker_server import __version__
+from tinker_server.commands.parsing import Parser
 from tinker_server.config import NO_SAMPLER, ServerConfig, build_config, settings, type_of
 
 _DESCRIPTION = "The Tinker API on your own hardware: serves base models for training and sampling with the tinker SDK."
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(message)
 
 
 def parse_arguments(arguments: Sequence[str], plugins: Plugins) -> ServerConfig:
@@ -34,12 +30,13 @@ def parse_arguments(arguments: Sequence[str], plugins: Plugins) -> ServerConfig:
 
 def make_parser(plugins: Plugins) -> argparse.ArgumentParser:
     """A parser that returns only what was given, so that a file's settings show through."""
-    parser = _Parser(
+    parser = Parser(
         prog="tinker-server",
         description=_DESCRIPTION,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
-        epilog="'tinker-server plugins' lists the installed plugins as JSON.",
+        epilog="'tinker-server plugins' lists the installed plugins as JSON. "
+        "'tinker-server keys' and 'tinker-server usage' are for servers that several people share.",
     )
     parser.add_argument("--version", action="version", version=f"tinker-server {__version__}")
     parser.add_argument("--config", metavar="FILE", help="TOML file with these settings by name, and [[models]]")
@@ -66,7 +63,7 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, kind: type, default: o
     elif metadata["choices"]:
         parser.add_argument(flag, choices=metadata["choices"], help=text)
     else:
-        metavar = metadata["metavar"] or ("N" if kind is int else name.upper())
+        metavar = metadata["metavar"] or {int: "N", float: "USD"}.get(kind, name.upper())
         parser.add_argument(flag, type=kind, metavar=metavar, help=text)
 
 

@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 
 import orjson
 
-from tinker_core.errors import ConfigurationError
+from tinker_core.errors import ConfigurationError, StorageError
 from tinker_core.plugins import ALL, Plugins
 from tinker_server.arguments import parse_arguments
+from tinker_server.commands.keys import run_keys
+from tinker_server.commands.tokens import run_tokens
+from tinker_server.commands.usage import run_usage
 from tinker_server.devices import choose_device
 from tinker_server.plugin_list import list_plugins
 
@@ -28,12 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for chatty in ("uvicorn", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
+        if given[:1] == ["keys"]:
+            return run_keys(given[1:])
+        if given[:1] == ["tokens"]:
+            return run_tokens(given[1:])
+        if given[:1] == ["usage"]:
+            return run_usage(given[1:])
         names = plugin_names(os.environ)
         plugins = Plugins.load(*names)
         if given[:1] == ["plugins"]:
             return _print_plugins(plugins, given[1:])
         return _serve(given, plugins, names)
-    except ConfigurationError as error:
+    except (ConfigurationError, StorageError) as error:
         sys.stderr.write(f"tinker-server: {error}\n")
         return 2
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +16,16 @@ from tinker_core.engine import EngineConfig
 from tinker_core.errors import ConfigurationError
 from tinker_core.interfaces import Option, OptionValue
 from tinker_core.types import BaseModelSpec
-from tinker_server.app import DEFAULT_BODY_LIMIT
 from tinker_server.base_models import check_distinct, make_base_model, parse_base_model
+from tinker_server.client_flags import ClientFlags
+from tinker_server.limits import MIB, Limits
+from tinker_server.prices import Prices
 
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 NO_SAMPLER = "none"
+
+_PUBLIC_URL = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~/-]*)?")
 
 
 def _setting(default: Any, help_text: str, choices: tuple[str, ...] = (), metavar: str = "") -> Any:  # noqa: ANN401
@@ -48,9 +54,36 @@ class ServerConfig:
     max_context_length: int | None = _setting(None, "bound on sequence lengths below the base models' own")
     max_decode_batch: int = _setting(64, "most sequences that are sampled together")
     max_revisions: int = _setting(64, "most sampler revisions kept in memory, per base model; more are spilled to disk")
-    body_limit: int = _setting(DEFAULT_BODY_LIMIT, "most bytes of one request body, before and after decompression")
+    body_limit: int = _setting(256 * MIB, "most bytes of one request body, before and after decompression")
+    control_body_limit: int = _setting(4 * MIB, "most bytes of a body that carries no data to train on or sample from")
+    body_memory: int = _setting(1024 * MIB, "bytes of request bodies that may arrive and be decoded at a time")
+    result_memory: int = _setting(
+        4096 * MIB, "about how many bytes of results are kept for clients that have not fetched them, or might again"
+    )
+    body_timeout: int = _setting(60, "seconds a request body may take, besides what its bytes earn at --body-min-rate")
+    body_min_rate: int = _setting(16 * 1024, "bytes per second that a large request body must keep up with")
+    request_parts: int = _setting(64 * 1024, "most data, chunks, tensors and spans of one request together")
+    header_limit: int = _setting(64 * 1024, "most bytes of a request's first line and headers")
+    header_timeout: int = _setting(30, "seconds that a request's first line and headers may take")
+    max_connections: int = _setting(16384, "most open connections, and most requests in progress")
+    public_url: str | None = _setting(
+        None, "URL at which clients reach this server, for download links; else what their requests name", metavar="URL"
+    )
+    max_samples_in_flight: int = _setting(2000, "most samples that one sampling client has in progress")
+    retrieve_futures: bool = _setting(False, "have clients wait for all their samples in one poll, without that bound")
+    compress_uploads: bool = _setting(False, "have clients compress the data that they train on, for slow networks")
+    patient_samples: bool = _setting(False, "have clients wait for samples beyond two hours without any progress")
+    client_side_losses: bool = _setting(False, "have clients compute custom losses themselves, in two passes")
+    session_timeout: int = _setting(
+        24 * 3600, "seconds without a sign of life after which a session ends and its models are unloaded; 0 never"
+    )
     access_log: bool = _setting(False, "log every HTTP request")
-    insecure_any_host: bool = _setting(False, "allow a --host other than loopback although this server checks no keys")
+    jwt_auth: bool = _setting(False, "have clients exchange their API key for a short-lived token; whoami needs it")
+    price_training: float | None = _setting(None, "US dollars per million tokens trained, for the billing endpoints")
+    price_prefill: float | None = _setting(None, "US dollars per million prompt tokens")
+    price_cached_prefill: float | None = _setting(None, "US dollars per million prompt tokens found in the cache")
+    price_sampling: float | None = _setting(None, "US dollars per million generated tokens")
+    price_storage: float | None = _setting(None, "US dollars per gigabyte of checkpoints and month of 720 hours")
     options: Mapping[str, OptionValue] = attrs.field(factory=dict)
     """Settings of the chosen plugins by name."""
 
@@ -66,7 +99,29 @@ class ServerConfig:
                 raise ConfigurationError(
                     f"{flag_of(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
-        _check_host(self.host, self.insecure_any_host)
+        for name in (field.name for field in attrs.fields(Prices)):
+            price = getattr(self, name)
+            if price is not None and not 0 <= price < math.inf:
+                raise ConfigurationError(f"{flag_of(name)} must be 0 or more dollars, got {price}")
+
+    def prices(self) -> Prices:
+        """What usage costs; each price is the setting of its name."""
+        return Prices(**{field.name: getattr(self, field.name) for field in attrs.fields(Prices)})
+
+    @public_url.validator
+    def _check_public_url(self, _: object, url: str | None) -> None:
+        if url is not None and not _PUBLIC_URL.fullmatch(url):
+            raise ConfigurationError(
+                f"--public-url must look like https://host, https://host:port or https://host/prefix, got {url!r}"
+            )
+
+    def flags(self) -> ClientFlags:
+        """What clients are told; each flag is the setting of its name."""
+        return ClientFlags(**{field.name: getattr(self, field.name) for field in attrs.fields(ClientFlags)})
+
+    def limits(self) -> Limits:
+        """What clients may send; each limit is the setting of its name."""
+        return Limits(**{field.name: getattr(self, field.name) for field in attrs.fields(Limits)})
 
     def engine_config(self, *, plugins: tuple[str, ...], device: str) -> EngineConfig:
         """The engine's share; ``device`` is decided by now, and ``plugins`` is what worker processes load."""
@@ -85,6 +140,8 @@ class ServerConfig:
             max_context_length=self.max_context_length,
             max_revisions=self.max_revisions,
             max_decode_batch=self.max_decode_batch,
+            session_seconds=float(self.session_timeout) or None,
+            max_result_bytes=self.result_memory,
             options=dict(self.options),
         )
 
@@ -101,7 +158,18 @@ _MINIMA = {
     "max_context_length": 1,
     "max_decode_batch": 1,
     "max_revisions": 1,
-    "body_limit": 1024 * 1024,
+    "body_limit": MIB,
+    "control_body_limit": 64 * 1024,
+    "body_memory": MIB,
+    "body_timeout": 1,
+    "result_memory": MIB,
+    "body_min_rate": 1,
+    "request_parts": 1,
+    "header_limit": 8 * 1024,
+    "header_timeout": 1,
+    "max_connections": 1,
+    "max_samples_in_flight": 1,
+    "session_timeout": 0,
 }
 
 
@@ -115,22 +183,17 @@ def settings() -> dict[str, attrs.Attribute[Any]]:
     return {field.name: field for field in attrs.fields(ServerConfig) if field.metadata.get("help")}
 
 
-def type_of(field: attrs.Attribute[Any]) -> type[str] | type[int] | type[bool]:
+def type_of(field: attrs.Attribute[Any]) -> type[str] | type[int] | type[float] | type[bool]:
     """What a setting holds."""
-    text = str(field.type)
-    return bool if text == "bool" else int if text.startswith("int") else str
+    return {"bool": bool, "int": int, "float": float}.get(str(field.type).partition(" ")[0], str)
 
 
-def _check_host(host: str, insecure: bool) -> None:
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine only."""
     try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        loopback = False
-    if not loopback and not insecure:
-        raise ConfigurationError(
-            f"--host {host} would let everyone who reaches this machine use it, for this server checks no API keys; "
-            "keep 127.0.0.1 and connect through an SSH tunnel, or say --insecure-any-host"
-        )
+        return False
 
 
 def build_config(given: Mapping[str, object], base_models: Sequence[str], options: Sequence[Option]) -> ServerConfig:

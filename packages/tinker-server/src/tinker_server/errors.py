@@ -1,19 +1,32 @@
 """Errors as HTTP answers: a status that clients treat as final unless waiting can help, and ``{"detail": ...}``.
 
-402, 409, 425 and 429 never appear: clients pause or retry on them for minutes.
+402, 409 and 425 never appear: clients pause or retry on them for minutes. 408 answers a body that did not arrive in
+time: clients send it again. 429 answers what exceeds an API key's rate, and says how long to wait: clients do, and then
+succeed. It never answers a training request, which would lose its place.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 
 import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tinker_core.errors import TinkerError, WorkerLostError
+from tinker_core.errors import (
+    AuthenticationError,
+    RateLimitError,
+    ResultGoneError,
+    StaleCursorError,
+    TinkerError,
+    WorkerLostError,
+)
+from tinker_server.receiving import ServerBusyError, SlowBodyError
+from tinker_server.signing import InvalidLinkError
 from tinker_server.wire.body import JSON, BodyTooLargeError
+from tinker_server.wire.rejected import shorten
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -22,14 +35,32 @@ def status_of(error: TinkerError) -> int:
     """The status that an error is answered with."""
     if isinstance(error, BodyTooLargeError):
         return 413
+    if isinstance(error, InvalidLinkError):
+        return 403
+    if isinstance(error, SlowBodyError):
+        return 408
+    if isinstance(error, ServerBusyError):
+        return 503
+    if isinstance(error, ResultGoneError | StaleCursorError):
+        return 410
+    if isinstance(error, AuthenticationError):
+        return 401
+    if isinstance(error, RateLimitError):
+        return 429
     if error.category == "user":
         return 404 if isinstance(error, LookupError) else 400
     return 503 if isinstance(error, WorkerLostError) else 500
 
 
 def detail(message: str, status: int) -> Response:
-    """An error body; its length is always stated and never zero."""
-    return Response(orjson.dumps({"detail": message}), status_code=status, media_type=JSON)
+    """An error body; its length is always stated and never zero, and its text no longer than `MAX_MESSAGE`."""
+    text = shorten(message).encode("utf-8", "backslashreplace").decode()
+    return Response(orjson.dumps({"detail": text}), status_code=status, media_type=JSON)
+
+
+def path_of(request: Request) -> str:
+    """The path as the client wrote it. ``request.url`` would trust its Host header as well."""
+    return str(request.scope["path"])
 
 
 async def answer_tinker_error(request: Request, error: Exception) -> Response:
@@ -38,17 +69,35 @@ async def answer_tinker_error(request: Request, error: Exception) -> Response:
         raise TypeError(f"not a TinkerError: {error!r}")
     status = status_of(error)
     if status >= 500:
-        _LOGGER.error("%s %s failed: %s", request.method, request.url.path, error)
-    return detail(str(error), status)
+        _LOGGER.error("%s %r failed: %s", request.method, shorten(path_of(request)), error)
+    return answer_of(error)
+
+
+def answer_of(error: TinkerError) -> Response:
+    """A deliberate error with the headers that say what may help."""
+    answer = detail(str(error), status_of(error))
+    if isinstance(error, AuthenticationError):
+        # Clients that exchange their key for tokens do so again, once, when told of an invalid token.
+        answer.headers["www-authenticate"] = "Bearer" + (' error="invalid_token"' if error.invalid_token else "")
+    if isinstance(error, RateLimitError):
+        answer.headers["retry-after"] = str(math.ceil(error.retry_after))
+        answer.headers["retry-after-ms"] = str(math.ceil(error.retry_after * 1000))
+    return answer
 
 
 async def answer_http_exception(request: Request, error: Exception) -> Response:
     """An error of the HTTP layer itself, such as a path that does not exist."""
     if not isinstance(error, HTTPException):
         raise TypeError(f"not an HTTPException: {error!r}")
-    return detail(f"{request.method} {request.url.path}: {error.detail}", error.status_code)
+    return detail(f"{request.method} {path_of(request)}: {error.detail}", error.status_code)
+
+
+async def answer_disconnect(request: Request, error: Exception) -> Response:
+    """A client that went away before its request was whole; nobody is left to read this."""
+    del request, error
+    return detail("the request body is not complete", 400)
 
 
 async def answer_unexpected(request: Request, error: Exception) -> Response:
     """A defect: the client learns its kind, the log (written by the framework, which re-raises) the rest."""
-    return detail(f"{request.method} {request.url.path} failed inside the server: {type(error).__name__}", 500)
+    return detail(f"{request.method} {path_of(request)} failed inside the server: {type(error).__name__}", 500)

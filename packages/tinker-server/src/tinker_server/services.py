@@ -15,12 +15,22 @@ from tinker_core.engine import Engine
 from tinker_core.errors import InvalidRequestError
 from tinker_core.types import Caller
 from tinker_server.auth import caller_of
-from tinker_server.wire.body import JSON, Body, BodyTooLargeError
+from tinker_server.client_flags import ClientFlags
+from tinker_server.limits import Limits
+from tinker_server.prices import Prices
+from tinker_server.receiving import BodyMemory, receive
+from tinker_server.signing import Signer
+from tinker_server.tokens import Tokens
+from tinker_server.wire.body import JSON, Body
 
 _T = TypeVar("_T")
 
 MAX_PAGE = 1000
 """Most items of one page of a listing."""
+_MAX_COUNT = 2**63 - 1
+_OWNED, _ACCESSIBLE = "owned", "accessible"
+_LARGE_DECODES = 2
+"""Large bodies that are decoded at once. More would be no faster, and each takes many times its bytes meanwhile."""
 
 
 class PollGate:
@@ -48,6 +58,11 @@ class PollGate:
             self._polls.discard(task)
             self._ended.discard(task)
 
+    @property
+    def num_open(self) -> int:
+        """Polls in progress."""
+        return len(self._polls)
+
     def close(self) -> None:
         """End all polls, and all that begin later."""
         self._closed = True
@@ -62,8 +77,20 @@ class Services:
 
     engine: Engine
     poll_seconds: float
-    body_limit: int
+    limits: Limits
     gate: PollGate
+    signer: Signer
+    public_url: str | None
+    """Where clients reach the server, when it is not where their requests seem to go."""
+    tokens: Tokens
+    prices: Prices
+    jwt_auth: bool
+    """Whether clients are told to exchange their API key for a token."""
+    flags: ClientFlags
+    _memory: BodyMemory = attrs.field(
+        init=False, default=attrs.Factory(lambda self: BodyMemory(self.limits.body_memory), takes_self=True)
+    )
+    _large_decodes: asyncio.Semaphore = attrs.field(init=False, factory=lambda: asyncio.Semaphore(_LARGE_DECODES))
 
     def caller(self, request: Request) -> Caller:
         """Who sent it, with which key."""
@@ -73,31 +100,25 @@ class Services:
         """Whose request it is."""
         return caller_of(request).owner
 
-    async def read(self, request: Request, reader: Callable[[Body], _T]) -> _T:
-        """Receive the body and decode it; large ones are decoded off the event loop."""
-        body = Body(
-            data=await _receive(request, self.body_limit),
-            content_type=request.headers.get("content-type", JSON),
-            content_encoding=request.headers.get("content-encoding", ""),
-            limit=self.body_limit,
-        )
-        if body.is_large:
-            return await asyncio.to_thread(reader, body)
-        return reader(body)
+    async def read(self, request: Request, reader: Callable[[Body], _T], *, carries_data: bool = False) -> _T:
+        """Receive the body and decode it; large ones are decoded off the event loop.
 
-
-async def _receive(request: Request, limit: int) -> bytes:
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise BodyTooLargeError(limit)
-    parts: list[bytes] = []
-    total = 0
-    async for part in request.stream():
-        total += len(part)
-        if total > limit:
-            raise BodyTooLargeError(limit)
-        parts.append(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+        Only a request that ``carries_data``, for training or sampling, may be larger than the limit of control bodies.
+        """
+        limits = self.limits
+        limit = limits.body_limit if carries_data else min(limits.control_body_limit, limits.body_limit)
+        with self._memory.lease() as lease:
+            body = Body(
+                data=await receive(request, limit, limits, lease),
+                content_type=request.headers.get("content-type", JSON),
+                content_encoding=request.headers.get("content-encoding", ""),
+                limit=limit,
+                max_parts=limits.request_parts,
+            )
+            if not body.is_large:
+                return reader(body)
+            async with self._large_decodes:
+                return await asyncio.to_thread(reader, body)
 
 
 def answer(value: object, status: int = 200) -> Response:
@@ -113,10 +134,18 @@ def page_of(request: Request, default_limit: int) -> tuple[int, int]:
     return limit, _count(request, "offset", 0)
 
 
+def wants_accessible(request: Request) -> bool:
+    """``access_scope`` of a listing: everything that the caller may read, rather than only what is theirs."""
+    scope = request.query_params.get("access_scope", _OWNED)
+    if scope not in (_OWNED, _ACCESSIBLE):
+        raise InvalidRequestError(f"access_scope must be {_OWNED!r} or {_ACCESSIBLE!r}, got {scope[:40]!r}")
+    return scope == _ACCESSIBLE
+
+
 def _count(request: Request, name: str, default: int) -> int:
     text = request.query_params.get(name)
     if text is None:
         return default
-    if not text.isdecimal():
-        raise InvalidRequestError(f"{name} must be a whole number of at least 0, got {text!r}")
+    if not text.isascii() or not text.isdigit() or len(text) > 19 or int(text) > _MAX_COUNT:
+        raise InvalidRequestError(f"{name} must be a whole number from 0 to {_MAX_COUNT}, got {text[:40]!r}")
     return int(text)

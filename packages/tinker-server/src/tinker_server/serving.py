@@ -10,15 +10,20 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import attrs
 import uvicorn
 import uvloop
 
 from tinker_core.engine import Engine, EngineConfig
 from tinker_core.errors import ConfigurationError, TinkerError
 from tinker_core.plugins import Plugins
+from tinker_core.storage import ControlStore, database_url
 from tinker_server.app import create_app
-from tinker_server.config import ServerConfig
+from tinker_server.config import ServerConfig, is_loopback
+from tinker_server.limits import Limits
+from tinker_server.protocol import RefusalFilter, make_protocol
 from tinker_server.services import PollGate
 
 _LOGGER = logging.getLogger(__name__)
@@ -30,12 +35,17 @@ DRAIN_SECONDS = 10
 WANTED_FILES = 65536
 """One client may hold thousands of long polls open, each with a connection of its own."""
 FEW_FILES = 4096
+OWN_FILES = 512
+"""Files that the server itself may have open; connections must leave them."""
 
 
 def serve(config: ServerConfig, engine_config: EngineConfig, plugins: Plugins) -> int:
     """Serve until a signal stops it; the exit status. 0 is a clean stop, 1 a model that did not start."""
     logging.getLogger("uvicorn.access").setLevel(logging.INFO if config.access_log else logging.WARNING)
     raise_file_limit()
+    logging.getLogger("uvicorn.error").addFilter(RefusalFilter())
+    if not is_loopback(config.host):
+        require_keys(engine_config.data_dir, config.host)
     listener = open_socket(config.host, config.port)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -44,13 +54,43 @@ def serve(config: ServerConfig, engine_config: EngineConfig, plugins: Plugins) -
         listener.close()
 
 
+def require_keys(data_dir: Path, host: str) -> None:
+    """Refuse, with `ConfigurationError`, to serve other machines before there is a key to demand of them.
+
+    Keys are revoked but never removed, so a server that has begun to demand them goes on.
+    """
+    if not data_dir.is_dir() or not asyncio.run(_has_keys(data_dir)):
+        raise ConfigurationError(
+            f"--host {host} would let everyone who reaches this machine use it, for there are no API keys yet; "
+            f"make one with 'tinker-server keys create --data-dir {data_dir} --owner NAME', or keep --host 127.0.0.1"
+        )
+
+
+async def _has_keys(data_dir: Path) -> bool:
+    control = await ControlStore.open(database_url(data_dir))
+    try:
+        return bool(await control.keys.list())
+    finally:
+        await control.close()
+
+
 async def _serve(config: ServerConfig, engine_config: EngineConfig, plugins: Plugins, listener: socket.socket) -> int:
     engine = Engine(engine_config, plugins)
-    app = create_app(engine, plugins=plugins, body_limit=config.body_limit)
+    limits = within_file_limit(config.limits())
+    app = create_app(
+        engine,
+        plugins=plugins,
+        limits=limits,
+        public_url=config.public_url,
+        prices=config.prices(),
+        jwt_auth=config.jwt_auth,
+        flags=config.flags(),
+    )
     server = TinkerUvicorn(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=make_protocol(limits),
+            limit_concurrency=limits.max_connections + 1,
             ws="none",
             lifespan="on",
             log_config=None,
@@ -143,6 +183,16 @@ def url_of(listener: socket.socket) -> str:
     """The base URL for clients."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def within_file_limit(limits: Limits) -> Limits:
+    """The limits, with no more connections than this process may have files."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or limits.max_connections <= soft - OWN_FILES:
+        return limits
+    fewer = max(soft - OWN_FILES, soft // 2)
+    _LOGGER.warning("at most %d connections, not %d: no more files may be open", fewer, limits.max_connections)
+    return attrs.evolve(limits, max_connections=fewer)
 
 
 def raise_file_limit() -> None:

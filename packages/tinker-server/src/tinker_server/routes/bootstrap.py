@@ -10,9 +10,8 @@ from tinker_core.engine import NewSession
 from tinker_core.errors import SessionFinishedError
 from tinker_server.errors import detail
 from tinker_server.services import Services, answer
-from tinker_server.wire.body import Body
 from tinker_server.wire.records import model_to_json
-from tinker_server.wire.sessions import read_create_session, read_finish, read_text
+from tinker_server.wire.sessions import read_client_config, read_create_session, read_finish, read_text
 
 
 class BootstrapRoutes:
@@ -26,7 +25,7 @@ class BootstrapRoutes:
         """All routes of this noun."""
         return [
             Route("/api/v1/client/config", self.client_config, methods=["POST"]),
-            Route("/api/v1/client/dynamic_config", self.client_config, methods=["POST"]),
+            Route("/api/v1/client/dynamic_config", self.client_dynamic_config, methods=["POST"]),
             Route("/api/v1/create_session", self.create_session, methods=["POST"]),
             Route("/api/v1/session_heartbeat", self.heartbeat, methods=["POST"]),
             Route("/api/v1/sessions/{session_id}/finish", self.finish, methods=["POST"]),
@@ -39,9 +38,16 @@ class BootstrapRoutes:
         ]
 
     async def client_config(self, request: Request) -> Response:
-        """No feature flag: every default of the client suits this server."""
-        await self._services.read(request, Body.json_object)
-        return answer({})
+        """How clients are to use this server; fetched once by each."""
+        sdk_version = await self._services.read(request, read_client_config)
+        flags = self._services.flags
+        runs_losses = self._engine.offers_custom_losses()
+        return answer(flags.config(sdk_version, issues_tokens=self._services.jwt_auth, runs_losses=runs_losses))
+
+    async def client_dynamic_config(self, request: Request) -> Response:
+        """The part that living clients fetch again now and then."""
+        await self._services.read(request, read_client_config)
+        return answer(self._services.flags.dynamic_config())
 
     async def create_session(self, request: Request) -> Response:
         """Open a session."""

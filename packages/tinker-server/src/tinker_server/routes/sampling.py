@@ -9,12 +9,11 @@ from starlette.routing import BaseRoute, Route
 
 from tinker_core.errors import CheckpointMismatchError
 from tinker_core.types import CreateSamplingSessionInput
-from tinker_server.routes.submissions import accept
 from tinker_server.services import Services, answer
 from tinker_server.wire.records import sampler_to_json
 from tinker_server.wire.rejected import RejectedRequest
 from tinker_server.wire.results import receipt
-from tinker_server.wire.sampling import read_asample, read_create_sampling_session
+from tinker_server.wire.sampling import read_asample, read_create_sampling_session, read_join
 
 
 class SamplingRoutes:
@@ -28,6 +27,7 @@ class SamplingRoutes:
         """All routes of this noun."""
         return [
             Route("/api/v1/create_sampling_session", self.create_sampling_session, methods=["POST"]),
+            Route("/api/v1/join_sampling_session", self.join_sampling_session, methods=["POST"]),
             Route("/api/v1/samplers/{sampling_session_id}", self.sampler, methods=["GET"]),
             Route("/api/v1/asample", self.asample, methods=["POST"]),
         ]
@@ -45,13 +45,19 @@ class SamplingRoutes:
         self, wanted: CreateSamplingSessionInput, model_path: str, owner: str
     ) -> CreateSamplingSessionInput:
         """Clients may name the base model beside a path; the path decides, so the two must agree."""
-        checkpoint = await self._engine.checkpoint(model_path, owner)
+        checkpoint = await self._engine.library.checkpoint(model_path, owner)
         if checkpoint.base_model != wanted.base_model:
             raise CheckpointMismatchError(
                 f"{model_path!r} is of base model {checkpoint.base_model!r}, not {wanted.base_model!r}; "
                 "leave base_model out"
             )
         return attrs.evolve(wanted, base_model=None)
+
+    async def join_sampling_session(self, request: Request) -> Response:
+        """Give a clone of a sampling client, perhaps in another process, a number of its own."""
+        sampling_session_id = await self._services.read(request, read_join)
+        counter = await self._engine.join_sampling_session(sampling_session_id, self._services.owner(request))
+        return answer({"type": "join_sampling_session", "client_counter": counter})
 
     async def sampler(self, request: Request) -> Response:
         """What a sampling session serves."""
@@ -61,11 +67,8 @@ class SamplingRoutes:
     async def asample(self, request: Request) -> Response:
         """Sample; the receipt names every sequence to come."""
         caller = self._services.caller(request)
-        decoded = await self._services.read(request, read_asample)
+        decoded = await self._services.read(request, read_asample, carries_data=True)
         if isinstance(decoded, RejectedRequest):
-            await self._engine.sampler(decoded.model_id, caller.owner)
-        accepted = await accept(self._services, decoded, caller)
-        if accepted.sample_sequence_ids is None:
-            # A sample that failed to decode names no sequences, but clients insist on names.
-            accepted = attrs.evolve(accepted, sample_sequence_ids=(f"{accepted.request_id}:0",))
-        return answer(receipt(accepted))
+            failed = await self._engine.submit_failed_sample(decoded.model_id, decoded.seq_id, decoded.error, caller)
+            return answer(receipt(failed))
+        return answer(receipt(await self._engine.submit(decoded, caller)))

@@ -15,11 +15,15 @@ from tinker_server.wire.results import receipt
 
 
 async def submit(
-    services: Services, request: Request, reader: Callable[[Body], EngineRequest | RejectedRequest]
+    services: Services,
+    request: Request,
+    reader: Callable[[Body], EngineRequest | RejectedRequest],
+    *,
+    carries_data: bool = False,
 ) -> Response:
     """Decode a request whose answer is a future, have it accepted, and answer with its receipt."""
     caller = services.caller(request)
-    accepted = await accept(services, await services.read(request, reader), caller)
+    accepted = await accept(services, await services.read(request, reader, carries_data=carries_data), caller)
     return answer(receipt(accepted))
 
 

@@ -15,11 +15,22 @@ from tinker_server.wire.records import weights_info_to_json
 from tinker_server.wire.rejected import RejectedRequest
 from tinker_server.wire.results import receipt
 from tinker_server.wire.sessions import read_text
-from tinker_server.wire.weights import read_load_weights, read_save_weights, read_save_weights_for_sampler, reject_load
+from tinker_server.wire.weights import (
+    read_copy_weights,
+    read_load_weights,
+    read_save_weights,
+    read_save_weights_external,
+    read_save_weights_for_sampler,
+    read_unload_model,
+    reject_load,
+)
+
+_ACCESS_TOKEN = "x-tinker-weights-access-token"
+_IDEMPOTENCY_KEY = "x-idempotency-key"
 
 
 class WeightsRoutes:
-    """save_weights, save_weights_for_sampler, load_weights and weights_info."""
+    """Saving, loading, copying and unloading weights, and weights_info."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -30,6 +41,9 @@ class WeightsRoutes:
         return [
             Route("/api/v1/save_weights", self.save_weights, methods=["POST"]),
             Route("/api/v1/save_weights_for_sampler", self.save_weights_for_sampler, methods=["POST"]),
+            Route("/api/v1/save_weights_external", self.save_weights_external, methods=["POST"]),
+            Route("/api/v1/copy_weights", self.copy_weights, methods=["POST"]),
+            Route("/api/v1/unload_model", self.unload_model, methods=["POST"]),
             Route("/api/v1/load_weights", self.load_weights, methods=["POST"]),
             Route("/api/v1/weights_info", self.weights_info, methods=["POST"]),
         ]
@@ -41,6 +55,21 @@ class WeightsRoutes:
     async def save_weights_for_sampler(self, request: Request) -> Response:
         """Save weights for sampling, under a name or as a sampling session."""
         return await submit(self._services, request, read_save_weights_for_sampler)
+
+    async def save_weights_external(self, request: Request) -> Response:
+        """Export an adapter as files for use outside."""
+        return await submit(self._services, request, read_save_weights_external)
+
+    async def unload_model(self, request: Request) -> Response:
+        """Release a model; clients up to 0.26."""
+        return await submit(self._services, request, read_unload_model)
+
+    async def copy_weights(self, request: Request) -> Response:
+        """Copy a checkpoint that the caller, or the holder of an access token, may read."""
+        token, key = request.headers.get(_ACCESS_TOKEN), request.headers.get(_IDEMPOTENCY_KEY)
+        wanted = await self._services.read(request, lambda body: read_copy_weights(body, token, key))
+        copy = await self._engine.library.copy(wanted, self._services.caller(request))
+        return answer({"tinker_path": str(copy.path)})
 
     async def load_weights(self, request: Request) -> Response:
         """Load a checkpoint into a model, or make a model from it."""
@@ -56,15 +85,18 @@ class WeightsRoutes:
         if settings == AdapterSettings():
             return load
         try:
-            _check_same(settings, (await self._engine.checkpoint(load.path, owner)).lora_config)
+            _check_same(settings, await self._lora_config_of(load, owner))
         except UserError as error:
             return reject_load(load, error)
         return load
 
+    async def _lora_config_of(self, load: LoadWeightsInput, owner: str) -> LoraConfig:
+        return (await self._engine.library.checkpoint(load.path, owner, load.weights_access_token)).lora_config
+
     async def weights_info(self, request: Request) -> Response:
         """What a checkpoint holds."""
         path = await self._services.read(request, lambda body: read_text(body, "tinker_path"))
-        return answer(weights_info_to_json(await self._engine.checkpoint(path, self._services.owner(request))))
+        return answer(weights_info_to_json(await self._engine.library.checkpoint(path, self._services.owner(request))))
 
 
 def _check_same(settings: AdapterSettings, saved: LoraConfig) -> None:

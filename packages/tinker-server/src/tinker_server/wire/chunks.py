@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 
 import numpy as np
 
@@ -94,7 +93,10 @@ def _token_array(values: list[object]) -> np.ndarray[tuple[int, ...], np.dtype[n
 
 
 def _base64(fields: Fields, key: str) -> bytes:
+    value = fields.raw(key)
+    if not isinstance(value, str):
+        raise InvalidRequestError(f"{key} is required; send a text in base64")
     try:
-        return base64.b64decode(fields.text(key), validate=True)
-    except binascii.Error as error:
+        return base64.b64decode(value, validate=True)
+    except ValueError as error:  # also for letters outside ASCII
         raise InvalidRequestError(f"{key} is not base64: {error}") from error

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-import logging
+import reprlib
 from collections.abc import Mapping
 from typing import TypeVar, overload
 
-from tinker_core.errors import InvalidRequestError
+import orjson
 
-_LOGGER = logging.getLogger(__name__)
+from tinker_core.errors import InvalidRequestError
+from tinker_server.wire.unknown import note_unknown
+
 _T = TypeVar("_T")
 _MISSING = object()
+
+MAX_TEXT = 64 * 1024
+"""Most characters of a text, such as a name or an id. What is data and not text has bounds of its own."""
+MAX_METADATA = 256 * 1024
+"""Most bytes of a client's own metadata, as JSON."""
 
 
 class Fields:
@@ -47,7 +53,7 @@ class Fields:
         if kind is float and type(value) is int:
             return float(value)  # type: ignore[return-value]
         if type(value) is not kind:
-            raise InvalidRequestError(f"{self._name(key)} must be {noun}, got {_show(value)}")
+            raise InvalidRequestError(f"{self._name(key)} must be {noun}, got {show(value)}")
         return value
 
     @overload
@@ -57,8 +63,13 @@ class Fields:
     @overload
     def text(self, key: str, default: None) -> str | None: ...
     def text(self, key: str, default: object = _MISSING) -> str | None:
-        """A string."""
-        return self._typed(key, str, "a string", default)
+        """A string of at most `MAX_TEXT` characters, none of them NUL."""
+        value = self._typed(key, str, "a string", default)
+        if value is not None and (len(value) > MAX_TEXT or "\0" in value):
+            raise InvalidRequestError(
+                f"{self._name(key)} must be a string of at most {MAX_TEXT} characters without NUL, got {show(value)}"
+            )
+        return value
 
     @overload
     def integer(self, key: str) -> int: ...
@@ -67,13 +78,18 @@ class Fields:
     @overload
     def integer(self, key: str, default: None) -> int | None: ...
     def integer(self, key: str, default: object = _MISSING) -> int | None:
-        """An integer; true and 1.5 are not integers."""
-        return self._typed(key, int, "an integer", default)
+        """An integer of 64 bits; true and 1.5 are not integers."""
+        value = self._typed(key, int, "an integer", default)
+        if value is not None and not -(2**63) <= value < 2**63:
+            raise InvalidRequestError(f"{self._name(key)} must be an integer of 64 bits, got {value}")
+        return value
 
     @overload
     def number(self, key: str) -> float: ...
     @overload
     def number(self, key: str, default: float) -> float: ...
+    @overload
+    def number(self, key: str, default: None) -> float | None: ...
     def number(self, key: str, default: object = _MISSING) -> float | None:
         """A float or an integer."""
         return self._typed(key, float, "a number", default)
@@ -96,6 +112,14 @@ class Fields:
         """A list of anything."""
         return self._typed(key, list, "a list", default)
 
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of strings; absent means empty."""
+        items = self.objects(key, [])
+        found = tuple(item for item in items if isinstance(item, str))
+        if len(found) != len(items):
+            raise InvalidRequestError(f"{self._name(key)} must be a list of strings")
+        return found
+
     @overload
     def mapping(self, key: str) -> dict[str, object]: ...
     @overload
@@ -103,6 +127,19 @@ class Fields:
     def mapping(self, key: str, default: object = _MISSING) -> dict[str, object] | None:
         """An object, as a plain dict."""
         return self._typed(key, dict, "an object", default)
+
+    def metadata(self, key: str) -> dict[str, object] | None:
+        """An object of the client's own that is stored and shown again, of at most `MAX_METADATA` bytes of JSON."""
+        value = self.mapping(key, None)
+        try:
+            fits = value is None or len(orjson.dumps(value)) <= MAX_METADATA
+        except TypeError:  # too deep
+            fits = False
+        if not fits:
+            raise InvalidRequestError(
+                f"{self._name(key)} must be at most {MAX_METADATA} bytes of JSON, not deeply nested"
+            )
+        return value
 
     def nested(self, key: str) -> Fields:
         """An object whose fields are read in turn; absent means empty."""
@@ -120,23 +157,23 @@ class Fields:
             raise InvalidRequestError(f"{self._where or 'the request'} has unknown fields {names}; known are {known}")
 
     def log_unknown(self) -> None:
-        """Log keys never read, once each per process."""
+        """Note keys never read, unless they are null, false, 0 or empty: logged once, and counted."""
         for key in self._unknown():
-            _log_once(self._name(key))
+            note_unknown(self._name(key))
 
 
-def _show(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+_SHORT.maxlevel = 3
 
 
-@functools.lru_cache(maxsize=1024)
-def _log_once(name: str) -> None:
-    _LOGGER.warning("clients send the field %s, which this server does not know; it has no effect", name)
+def show(value: object) -> str:
+    """A value in an error message: short, and short work, whatever its size and depth."""
+    return f"{type(value).__name__} {_SHORT.repr(value)}"
 
 
 def as_object(value: object, where: str) -> Fields:
     """The fields of an element of a list."""
     if not isinstance(value, dict):
-        raise InvalidRequestError(f"{where} must be an object, got {_show(value)}")
+        raise InvalidRequestError(f"{where} must be an object, got {show(value)}")
     return Fields(value, where)

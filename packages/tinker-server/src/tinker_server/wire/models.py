@@ -16,8 +16,9 @@ from tinker_core.types import (
     RequestType,
 )
 from tinker_server.wire.body import Body
-from tinker_server.wire.fields import Fields
+from tinker_server.wire.fields import Fields, show
 from tinker_server.wire.rejected import RejectedRequest, request_error
+from tinker_server.wire.settings import check_plain
 
 PREFIX = "tinker_server."
 """Keys of ``user_metadata`` that speak to this server begin with it."""
@@ -47,7 +48,7 @@ def read_create_model(body: Body) -> CreateModelInput | RejectedRequest:
     fields = Fields(body.json_object(), "")
     session_id, model_seq_id = place_in_session(fields)
     try:
-        metadata = fields.mapping("user_metadata", None)
+        metadata = fields.metadata("user_metadata")
         request = CreateModelInput(
             session_id=session_id,
             model_seq_id=model_seq_id,
@@ -91,8 +92,8 @@ def read_optimizer_config(fields: Fields) -> OptimizerConfig | None:
     if values is None:
         return None
     config = Fields(values, "optimizer_config")
-    settings = {key: config.number(key) for key, value in values.items() if key != "type" and value is not None}
-    return OptimizerConfig(type=config.text("type", "adamw"), settings=settings)
+    settings = {key: value for key, value in values.items() if key != "type" and value is not None}
+    return OptimizerConfig(type=config.text("type", "adamw"), settings=check_plain(settings, "optimizer_config"))
 
 
 @attrs.frozen(kw_only=True)
@@ -123,7 +124,7 @@ def _alpha(value: object) -> float | None:
     except ValueError:
         alpha = math.nan
     if not math.isfinite(alpha) or alpha <= 0:
-        raise InvalidLoraConfigError(f"user_metadata[{ALPHA_KEY!r}] must be a number above 0, got {value!r}")
+        raise InvalidLoraConfigError(f"user_metadata[{ALPHA_KEY!r}] must be a number above 0, got {show(value)}")
     return alpha
 
 
@@ -134,6 +135,6 @@ def _target_modules(value: object) -> tuple[str, ...] | None:
     names = [item.strip() for item in items if isinstance(item, str)] if isinstance(items, list) else []
     if not isinstance(items, list) or len(names) != len(items) or not names or not all(names):
         raise InvalidLoraConfigError(
-            f"user_metadata[{TARGETS_KEY!r}] must be names of linears, as 'q_proj,v_proj' or a list, got {value!r}"
+            f"user_metadata[{TARGETS_KEY!r}] must be names of linears, as 'q_proj,v_proj' or a list, got {show(value)}"
         )
     return tuple(dict.fromkeys(names))

@@ -6,22 +6,28 @@ import json
 from datetime import datetime
 
 from tinker_core.types import (
+    AuditRecord,
     CheckpointRecord,
     CheckpointType,
     JsonObject,
     ModelMetadata,
     SamplerRecord,
+    SessionSummary,
     TrainingRunRecord,
 )
 
-_CHECKPOINT_TYPES = {CheckpointType.TRAINING: "training", CheckpointType.SAMPLER: "sampler"}
+_CHECKPOINT_TYPES = {
+    CheckpointType.TRAINING: "training",
+    CheckpointType.SAMPLER: "sampler",
+    CheckpointType.EXTERNAL: "external",
+}
 
 
 def _time(moment: datetime) -> str:
     return moment.isoformat()
 
 
-def _metadata(values: JsonObject | None) -> dict[str, str] | None:
+def metadata_to_json(values: JsonObject | None) -> dict[str, str] | None:
     """Clients read texts only; anything else that they sent is shown as JSON."""
     if values is None:
         return None
@@ -37,7 +43,7 @@ def checkpoint_to_json(record: CheckpointRecord) -> JsonObject:
         "tinker_path": str(record.path),
         "size_bytes": record.size_bytes,
         "public": record.public,
-        "user_metadata": _metadata(record.user_metadata),
+        "user_metadata": metadata_to_json(record.user_metadata),
         "expires_at": None if record.expires_at is None else _time(record.expires_at),
     }
 
@@ -57,7 +63,7 @@ def training_run_to_json(record: TrainingRunRecord, checkpoints: list[Checkpoint
         "last_request_time": _time(record.last_request_at),
         "last_checkpoint": newest.get(CheckpointType.TRAINING),
         "last_sampler_checkpoint": newest.get(CheckpointType.SAMPLER),
-        "user_metadata": _metadata(record.user_metadata),
+        "user_metadata": metadata_to_json(record.user_metadata),
     }
 
 
@@ -88,6 +94,35 @@ def weights_info_to_json(record: CheckpointRecord) -> JsonObject:
     }
 
 
+def session_to_json(summary: SessionSummary) -> JsonObject:
+    """SDK ``SessionSummary``, which has no word for "no project"."""
+    session = summary.session
+    return {
+        "session_id": session.session_id,
+        "created_at": _time(session.created_at),
+        "owner": session.owner,
+        "project_id": session.project_id or "",
+        "status": _status_to_json(summary),
+        "checkpoints_count": summary.checkpoints_count,
+        "display_name": session.display_name,
+        "user_metadata": metadata_to_json(session.user_metadata),
+        "checkpoint_storage_bytes": summary.checkpoint_storage_bytes,
+    }
+
+
+def _status_to_json(summary: SessionSummary) -> JsonObject | None:
+    if summary.status != "client_finished":
+        return None if summary.status is None else {"type": summary.status}
+    session = summary.session
+    reason = {"type": session.finish_reason or "success"}
+    return {"type": "client_finished", "reason": reason, "detail": session.finish_detail}
+
+
+def search_cursor_to_json(last: SessionSummary) -> JsonObject:
+    """SDK ``SessionSearchCursor``."""
+    return {"last_created_at": _time(last.session.created_at), "last_session_id": last.session.session_id}
+
+
 def sampler_to_json(record: SamplerRecord) -> JsonObject:
     """SDK ``GetSamplerResponse``."""
     return {
@@ -110,3 +145,15 @@ def model_to_json(model: ModelMetadata) -> JsonObject:
 def cursor_to_json(offset: int, limit: int, total: int) -> JsonObject:
     """SDK ``Cursor``."""
     return {"offset": offset, "limit": limit, "total_count": total}
+
+
+def audit_entry_to_json(entry: AuditRecord) -> JsonObject:
+    """SDK ``AuditLogEntry``; the last three are for clients that do not read the details yet."""
+    return {
+        "timestamp": _time(entry.recorded_at),
+        "event": entry.event,
+        "event_details": entry.details,
+        "model_id": entry.details.get("model_id"),
+        "tinker_path": entry.details.get("tinker_path"),
+        "purpose": entry.details.get("purpose"),
+    }

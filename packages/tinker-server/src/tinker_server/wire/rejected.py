@@ -23,6 +23,15 @@ class RejectedRequest:
     error: RequestError
 
 
+MAX_MESSAGE = 2000
+"""Most characters of an error message that quotes what a client sent."""
+
+
+def shorten(text: str) -> str:
+    """The text, or its beginning: a message may quote a name of any length, and would be kept with its future."""
+    return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}… ({len(text)} characters)"
+
+
 def request_error(error: TinkerError) -> RequestError:
     """An error as its future reports it."""
-    return RequestError(category=error.category, code=type(error).__name__, message=str(error))
+    return RequestError(category=error.category, code=type(error).__name__, message=shorten(str(error)))

@@ -8,6 +8,7 @@ import attrs
 
 from tinker_core.types import (
     AcceptedRequest,
+    CreateCustomLossOutput,
     CreateModelOutput,
     EngineOutput,
     ForwardBackwardOutput,
@@ -17,6 +18,8 @@ from tinker_core.types import (
     RequestError,
     SampleOutput,
     SaveWeightsOutput,
+    TensorData,
+    UnloadModelOutput,
 )
 from tinker_server.wire.body import JSON, PROTOBUF
 from tinker_server.wire.pass_results import pass_to_json, pass_to_proto
@@ -39,15 +42,35 @@ def receipt(accepted: AcceptedRequest) -> JsonObject:
     return answer
 
 
-def is_large(output: EngineOutput) -> bool:
-    """Whether encoding takes long enough to be done off the event loop."""
+LARGE_BYTES = 400_000
+"""Payloads beyond this size take long enough to encode that it is done off the event loop."""
+
+
+def payload_bytes(output: EngineOutput) -> int:
+    """About how many bytes of protobuf a result is; 0 for the small ones that never are protobuf."""
     if isinstance(output, ForwardBackwardOutput):
-        return sum(tensor.data.size for fields in output.loss_fn_outputs for tensor in fields.values()) > 250_000
-    if isinstance(output, SampleOutput):
-        generated = sum(len(sequence.tokens) for sequence in output.sequences)
-        prompt = output.topk_prompt_logprobs.logprobs.data.size if output.topk_prompt_logprobs else 0
-        return generated > 50_000 or prompt > 100_000
-    return False
+        return sum(_tensor_bytes(tensor) for fields in output.loss_fn_outputs for tensor in fields.values())
+    if not isinstance(output, SampleOutput):
+        return 0
+    tables = [output.topk_prompt_logprobs, *(sequence.topk_logprobs for sequence in output.sequences)]
+    tensors = [output.prompt_logprobs, output.target_prompt_logprobs]
+    if output.prompt_alt_tokens is not None:
+        tensors += [output.prompt_alt_tokens.tokens, output.prompt_alt_tokens.logprobs]
+    return (
+        sum(_SEQUENCE_BYTES + _TOKEN_BYTES * len(sequence.tokens) for sequence in output.sequences)
+        + sum(_TOKEN_BYTES * table.logprobs.data.size for table in tables if table is not None)
+        + sum(_tensor_bytes(tensor) for tensor in tensors if tensor is not None)
+    )
+
+
+_TOKEN_BYTES = 8
+"""A token id and its logprob."""
+_SEQUENCE_BYTES = 16
+
+
+def _tensor_bytes(tensor: TensorData) -> int:
+    indices = (tensor.crow_indices, tensor.col_indices)
+    return int(tensor.data.nbytes + sum(part.nbytes for part in indices if part is not None))
 
 
 def encode(output: EngineOutput, accept: str) -> EncodedResult:
@@ -61,17 +84,27 @@ def encode(output: EngineOutput, accept: str) -> EncodedResult:
 
 
 def _small(
-    output: RequestError | CreateModelOutput | OptimStepOutput | SaveWeightsOutput | LoadWeightsOutput,
+    output: RequestError
+    | CreateModelOutput
+    | CreateCustomLossOutput
+    | OptimStepOutput
+    | SaveWeightsOutput
+    | LoadWeightsOutput
+    | UnloadModelOutput,
 ) -> JsonObject:
     match output:
         case RequestError():
             return {"error": output.message, "category": output.category}
         case CreateModelOutput():
             return {"type": "create_model", "model_id": output.model_id}
+        case CreateCustomLossOutput():
+            return {"type": "create_custom_loss", "loss_id": output.loss_id}
         case OptimStepOutput():
             return {"metrics": dict(output.metrics)}
         case LoadWeightsOutput():
             return {"type": "load_weights", "path": output.path, "model_id": output.model_id}
+        case UnloadModelOutput():
+            return {"type": "unload_model", "model_id": output.model_id}
         case SaveWeightsOutput():
             named = {"path": output.path, "sampling_session_id": output.sampling_session_id}
             return {key: value for key, value in named.items() if value is not None}

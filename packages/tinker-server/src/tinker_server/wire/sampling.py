@@ -13,11 +13,16 @@ from tinker_core.types import (
 )
 from tinker_server.wire.body import Body
 from tinker_server.wire.chunks import model_input_from_json
-from tinker_server.wire.fields import Fields
+from tinker_server.wire.fields import Fields, show
 from tinker_server.wire.rejected import RejectedRequest, request_error
 from tinker_server.wire.tensors import tensor_from_json
 
 _DEFAULTS = SamplingParams()
+
+MAX_SAMPLES = 16 * 1024
+"""Most samples of one request; each has an id from the start."""
+MAX_STOPS = 1024
+"""Most stop tokens or stop texts of one request: each generated token is compared with all of them."""
 
 
 def read_create_sampling_session(body: Body) -> CreateSamplingSessionInput:
@@ -56,8 +61,8 @@ def read_asample(body: Body) -> SampleInput | RejectedRequest:
             target_prompt_logprobs=_target_tokens(fields),
         )
         fields.log_unknown()
-        if request.num_samples < 1:
-            raise InvalidRequestError(f"num_samples must be at least 1, got {request.num_samples}")
+        if not 1 <= request.num_samples <= MAX_SAMPLES:
+            raise InvalidRequestError(f"num_samples must be 1 to {MAX_SAMPLES}, got {request.num_samples}")
     except TinkerError as error:
         return RejectedRequest(
             model_id=sampling_session_id, seq_id=seq_id, request_type=RequestType.SAMPLE, error=request_error(error)
@@ -65,11 +70,17 @@ def read_asample(body: Body) -> SampleInput | RejectedRequest:
     return request
 
 
+def read_join(body: Body) -> str:
+    """The sampling session that a clone of its client joins."""
+    fields = Fields(body.json_object(), "")
+    sampling_session_id = fields.text("sampling_session_id")
+    fields.log_unknown()
+    return sampling_session_id
+
+
 def _refuse_unsupported(fields: Fields) -> None:
-    if fields.boolean("record_stability_info", False):
-        raise UnsupportedFeatureError(
-            "record_stability_info serves the stable_reinforce loss, which this server does not offer; leave it out"
-        )
+    # Our stable_reinforce needs nothing beyond the logprobs that every sample returns, so there is nothing to record.
+    fields.boolean("record_stability_info", False)
     for key in ("base_model", "model_path"):
         if fields.text(key, None) is not None:
             raise UnsupportedFeatureError(f"{key} cannot be sent with a sample; open a sampling session on it")
@@ -104,11 +115,11 @@ def _stop(value: object) -> StopCondition:
         return StopCondition()
     if isinstance(value, str):
         return StopCondition(at_eos=False, texts=(value,))
-    if isinstance(value, list):
+    if isinstance(value, list) and len(value) <= MAX_STOPS:
         texts = tuple(item for item in value if isinstance(item, str))
         tokens = tuple(item for item in value if isinstance(item, int) and not isinstance(item, bool))
         if len(texts) == len(value) or len(tokens) == len(value):
             return StopCondition(at_eos=False, texts=texts, tokens=tokens)
     raise InvalidRequestError(
-        f"sampling_params.stop must be a text, a list of texts, or a list of token ids, got {str(value)[:80]}"
+        f"sampling_params.stop must be a text, or a list of at most {MAX_STOPS} texts or token ids, got {show(value)}"
     )

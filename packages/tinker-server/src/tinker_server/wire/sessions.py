@@ -7,9 +7,11 @@ import attrs
 from tinker_core.errors import InvalidRequestError
 from tinker_core.types import JsonObject
 from tinker_server.wire.body import Body
-from tinker_server.wire.fields import Fields
+from tinker_server.wire.fields import Fields, show
+from tinker_server.wire.rejected import shorten
 
-_FINISH_REASONS = ("success", "errored", "interrupted")
+FINISH_REASONS = ("success", "errored", "interrupted")
+"""How clients say that their sessions ended."""
 
 
 @attrs.frozen(kw_only=True)
@@ -31,6 +33,14 @@ class FinishRequest:
     detail: str | None
 
 
+def read_client_config(body: Body) -> str:
+    """The SDK's version; empty when it does not say."""
+    fields = Fields(body.json_object(), "")
+    sdk_version = fields.text("sdk_version", "")
+    fields.log_unknown()
+    return sdk_version
+
+
 def read_create_session(body: Body) -> SessionRequest:
     """A session to create; every field is optional."""
     fields = Fields(body.json_object(), "")
@@ -40,7 +50,7 @@ def read_create_session(body: Body) -> SessionRequest:
         raise InvalidRequestError("tags must be a list of texts")
     request = SessionRequest(
         tags=texts,
-        user_metadata=fields.mapping("user_metadata", None),
+        user_metadata=fields.metadata("user_metadata"),
         sdk_version=fields.text("sdk_version", ""),
         project_id=fields.text("project_id", None),
         display_name=fields.text("display_name", None),
@@ -52,15 +62,25 @@ def read_create_session(body: Body) -> SessionRequest:
 def read_finish(body: Body) -> FinishRequest:
     """The end of a session; a body without a reason means success."""
     fields = Fields(body.json_object(), "")
-    reason = fields.nested("reason").text("type", _FINISH_REASONS[0])
-    if reason not in _FINISH_REASONS:
-        raise InvalidRequestError(f"reason.type must be one of {', '.join(_FINISH_REASONS)}, got {reason!r}")
-    return FinishRequest(reason=reason, detail=fields.text("detail", None))
+    given = fields.nested("reason")
+    reason = given.text("type", FINISH_REASONS[0])
+    if reason not in FINISH_REASONS:
+        raise InvalidRequestError(f"reason.type must be one of {', '.join(FINISH_REASONS)}, got {reason!r}")
+    told = fields.raw("detail")
+    given.log_unknown()
+    fields.log_unknown()
+    if told is not None and not isinstance(told, str):
+        raise InvalidRequestError(f"detail must be a string or null, got {show(told)}")
+    # A long traceback is no reason to fail the end of a client's work.
+    return FinishRequest(reason=reason, detail=None if told is None else shorten(told))
 
 
 def read_text(body: Body, key: str) -> str:
     """One required text of a small request, for example ``session_id``."""
-    return Fields(body.json_object(), "").text(key)
+    fields = Fields(body.json_object(), "")
+    text = fields.text(key)
+    fields.log_unknown()
+    return text
 
 
 def read_ttl(body: Body) -> int | None:
@@ -68,4 +88,6 @@ def read_ttl(body: Body) -> int | None:
     fields = Fields(body.json_object(), "")
     if not fields.contains("ttl_seconds"):
         raise InvalidRequestError("ttl_seconds is required; send seconds, or null to keep the checkpoint for ever")
-    return fields.integer("ttl_seconds", None)
+    ttl_seconds = fields.integer("ttl_seconds", None)
+    fields.log_unknown()
+    return ttl_seconds

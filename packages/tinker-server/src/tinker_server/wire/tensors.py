@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinker_core.types import TensorData, TensorDType
+from tinker_core.types import MAX_AXES, TensorData, TensorDType
 from tinker_server.wire.fields import Fields
 from tinker_server.wire.proto import tinker_server_wire_pb2 as pb
 
@@ -42,6 +42,8 @@ def read_array(data: bytes, dtype: str, what: str) -> npt.NDArray[Any]:
 
 def tensor_from_proto(message: pb.Tensor) -> TensorData:
     """A request's tensor; without a shape it has one axis."""
+    if len(message.shape) > MAX_AXES:
+        raise ValueError(f"the shape has {len(message.shape)} axes, more than {MAX_AXES}")
     dtype = _FROM_PROTO.get(message.dtype)
     if dtype is None:
         raise ValueError(f"dtype number {message.dtype} is neither float32 (1) nor int64 (2)")
@@ -85,6 +87,8 @@ def tensor_from_json(fields: Fields) -> TensorData:
         raise ValueError(f"dtype {name!r} is not one of {', '.join(TensorDType)}") from None
     data = number_array(fields.objects("data"), dtype, "data")
     shape = fields.objects("shape", None)
+    if shape is not None and len(shape) > MAX_AXES:
+        raise ValueError(f"the shape has {len(shape)} axes, more than {MAX_AXES}")
     sizes = number_array(shape, TensorDType.INT64, "shape").tolist() if shape is not None else [data.size]
     crow = fields.objects("sparse_crow_indices", None)
     col = fields.objects("sparse_col_indices", None)
@@ -102,16 +106,16 @@ def number_array(values: list[object], dtype: TensorDType, what: str) -> npt.NDA
     """A flat array of a JSON list of numbers; fractions are refused where integers are wanted."""
     if not values:
         return np.zeros(0, dtype=_WIRE[dtype])
-    try:
-        array = np.asarray(values)
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"{what} must be a flat list of numbers: {error}") from error
-    kinds = "i" if dtype is TensorDType.INT64 else "iuf"
-    if array.ndim != 1 or array.dtype.kind not in kinds:
-        noun = "64-bit integers" if dtype is TensorDType.INT64 else "numbers"
+    # numpy would make room for the longest text of a list in each of its elements, so it only ever sees numbers.
+    allowed = {int} if dtype is TensorDType.INT64 else {int, float}
+    noun = "64-bit integers" if dtype is TensorDType.INT64 else "numbers"
+    if not allowed.issuperset(map(type, values)):
         raise ValueError(f"{what} must be a flat list of {noun}")
-    with np.errstate(over="ignore"):
-        return array.astype(_WIRE[dtype])
+    try:
+        with np.errstate(over="ignore"):
+            return np.array(values, dtype=_WIRE[dtype])
+    except OverflowError as error:
+        raise ValueError(f"{what} must be a flat list of {noun}: {error}") from error
 
 
 def tensor_to_json(tensor: TensorData) -> dict[str, object]:

@@ -19,10 +19,13 @@ from tinker_core.types import (
 )
 from tinker_server.wire.body import Body, UndecodableBodyError
 from tinker_server.wire.chunks import chunk_from_proto, model_input_from_json
-from tinker_server.wire.fields import Fields, as_object
+from tinker_server.wire.fields import Fields, as_object, show
+from tinker_server.wire.parts import check_fields, check_parts
 from tinker_server.wire.proto import tinker_server_wire_pb2 as pb
 from tinker_server.wire.rejected import RejectedRequest, request_error
+from tinker_server.wire.settings import check_plain
 from tinker_server.wire.tensors import tensor_from_json, tensor_from_proto
+from tinker_server.wire.unknown import discard_unknown
 
 _ADAM_DEFAULTS = AdamParams()
 
@@ -46,7 +49,9 @@ def _checked_place(model_id: str, seq_id: int) -> tuple[str, int]:
 def read_forward_backward(body: Body, *, forward_only: bool = False) -> ForwardBackwardInput | RejectedRequest:
     """A pass in either form. ``forward_only`` is what the path says; protobuf bodies can say it themselves."""
     if body.is_protobuf:
-        return _pass_from_proto(body.plain(), forward_only=forward_only)
+        data = body.plain()
+        check_fields(data, body.max_parts)
+        return _pass_from_proto(data, forward_only=forward_only, max_parts=body.max_parts)
     return _pass_from_json(Fields(body.json_object(), ""), forward_only=forward_only)
 
 
@@ -55,14 +60,16 @@ def _rejected_pass(model_id: str, seq_id: int, forward_only: bool, error: Tinker
     return RejectedRequest(model_id=model_id, seq_id=seq_id, request_type=kind, error=request_error(error))
 
 
-def _pass_from_proto(data: bytes, *, forward_only: bool) -> ForwardBackwardInput | RejectedRequest:
+def _pass_from_proto(data: bytes, *, forward_only: bool, max_parts: int) -> ForwardBackwardInput | RejectedRequest:
     try:
         message = pb.ForwardBackwardRequest.FromString(data)
     except google.protobuf.message.DecodeError as error:
         raise UndecodableBodyError(f"the request body is not a ForwardBackwardRequest: {error}") from error
+    discard_unknown(message, data)
     model_id, seq_id = _checked_place(message.model_id, message.seq_id)
     forward_only = forward_only or message.forward_only
     try:
+        check_parts(message, max_parts)
         return ForwardBackwardInput(
             model_id=model_id,
             seq_id=seq_id,
@@ -82,7 +89,7 @@ def _loss_config_from_proto(message: pb.ForwardBackwardRequest) -> dict[str, flo
     for key, value in message.loss_fn_config_v2.items():
         kind = value.WhichOneof("value")
         if kind is None:
-            raise InvalidLossConfigError(f"loss_fn_config[{key!r}] is empty; send a number or a text")
+            continue
         config[key] = value.text if kind == "text" else value.number
     return config
 
@@ -145,11 +152,14 @@ def _pass_from_json(fields: Fields, *, forward_only: bool) -> ForwardBackwardInp
 def _loss_config_from_json(values: dict[str, object]) -> dict[str, float | str]:
     config: dict[str, float | str] = {}
     for key, value in values.items():
-        if value is None:
+        if value is None or value == [] or value == {}:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise InvalidLossConfigError(f"loss_fn_config[{key!r}] must be a number or a text, got {value!r}")
-        config[key] = value if isinstance(value, str) else float(value)
+        if value is False or isinstance(value, str):
+            config[key] = value  # false says nothing for a key that the loss does not know, and is refused for others
+        elif isinstance(value, int | float) and value is not True:
+            config[key] = float(value)
+        else:
+            raise InvalidLossConfigError(f"loss_fn_config[{key!r}] must be a number or a text, got {show(value)}")
     return config
 
 
@@ -203,14 +213,14 @@ def read_optim_step(body: Body) -> OptimStepInput | RejectedRequest:
         other = fields.mapping("optimizer_params", None)
         if (adam is None) == (other is None):
             raise InvalidRequestError("send exactly one of adam_params and optimizer_params")
-        if other is not None and not isinstance(other.get("type"), str):
-            raise InvalidRequestError("optimizer_params.type must name an optimizer family")
+        if other is not None:
+            Fields(other, "optimizer_params").text("type")  # names the family, and is required
         fields.log_unknown()
         return OptimStepInput(
             model_id=model_id,
             seq_id=seq_id,
             adam_params=None if adam is None else _adam_params(Fields(adam, "adam_params")),
-            optimizer_params=other,
+            optimizer_params=None if other is None else dict(check_plain(other, "optimizer_params")),
         )
     except TinkerError as error:
         return RejectedRequest(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from tinker_core.engine import CopyWeightsInput
 from tinker_core.errors import InvalidRequestError, TinkerError
 from tinker_core.types import (
     LoadWeightsInput,
     RequestType,
     SamplerSaveKind,
+    SaveWeightsExternalInput,
     SaveWeightsForSamplerInput,
     SaveWeightsInput,
+    UnloadModelInput,
 )
 from tinker_server.wire.body import Body
 from tinker_server.wire.fields import Fields
@@ -34,7 +37,7 @@ def read_save_weights(body: Body) -> SaveWeightsInput | RejectedRequest:
             path=fields.text("path"),
             ttl_seconds=fields.integer("ttl_seconds", None),
             overwrite=fields.boolean("overwrite", False),
-            user_metadata=fields.mapping("user_metadata", None),
+            user_metadata=fields.metadata("user_metadata"),
         )
         fields.log_unknown()
     except TinkerError as error:
@@ -60,7 +63,7 @@ def read_save_weights_for_sampler(body: Body) -> SaveWeightsForSamplerInput | Re
             sampling_session_seq_id=number,
             kind=_save_kind(fields.text("kind", SamplerSaveKind.SNAPSHOT.value)),
             ttl_seconds=fields.integer("ttl_seconds", None),
-            user_metadata=fields.mapping("user_metadata", None),
+            user_metadata=fields.metadata("user_metadata"),
         )
         fields.log_unknown()
     except TinkerError as error:
@@ -70,6 +73,50 @@ def read_save_weights_for_sampler(body: Body) -> SaveWeightsForSamplerInput | Re
             request_type=RequestType.SAVE_WEIGHTS_FOR_SAMPLER,
             error=request_error(error),
         )
+    return request
+
+
+def read_save_weights_external(body: Body) -> SaveWeightsExternalInput | RejectedRequest:
+    """An adapter to export for use outside."""
+    fields = Fields(body.json_object(), "")
+    model_id, seq_id = place_in_model(fields)
+    try:
+        request = SaveWeightsExternalInput(
+            model_id=model_id,
+            seq_id=seq_id,
+            path=fields.text("path"),
+            ttl_seconds=fields.integer("ttl_seconds", None),
+            age_encryption_recipients=fields.texts("age_encryption_recipients"),
+        )
+        fields.log_unknown()
+    except TinkerError as error:
+        return RejectedRequest(
+            model_id=model_id, seq_id=seq_id, request_type=RequestType.SAVE_WEIGHTS_EXTERNAL, error=request_error(error)
+        )
+    return request
+
+
+def read_unload_model(body: Body) -> UnloadModelInput:
+    """A model to release."""
+    fields = Fields(body.json_object(), "")
+    request = UnloadModelInput(model_id=fields.text("model_id"))
+    fields.log_unknown()
+    return request
+
+
+def read_copy_weights(body: Body, token: str | None, idempotency_key: str | None) -> CopyWeightsInput:
+    """A checkpoint to copy. The access token comes in a header, from some clients in the body."""
+    fields = Fields(body.json_object(), "")
+    request = CopyWeightsInput(
+        source_path=fields.text("source_path"),
+        session_id=fields.text("session_id", None),
+        model_seq_id=fields.integer("model_seq_id", None),
+        destination_project_id=fields.text("destination_project_id", None),
+        ttl_seconds=fields.integer("ttl_seconds", None),
+        weights_access_token=token or fields.text("weights_access_token", None),
+        idempotency_key=idempotency_key,
+    )
+    fields.log_unknown()
     return request
 
 
@@ -87,7 +134,7 @@ def read_load_weights(body: Body) -> LoadWeightsInput | RejectedRequest:
     existing = place_in_model(fields) if fields.has("model_id") else None
     new = place_in_session(fields) if existing is None else None
     try:
-        metadata = fields.mapping("user_metadata", None)
+        metadata = fields.metadata("user_metadata")
         read_adapter_settings(metadata)
         request = LoadWeightsInput(
             path=fields.text("path"),
