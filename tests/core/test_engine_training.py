@@ -84,9 +84,7 @@ def test_a_repeat_gets_the_first_receipt_and_runs_once(open_engine: EngineFactor
             other = await client.create(1)
             await client.run(forward_backward(other, 1))
             assert once == await client.run(optim_step(other, 2))
-            loss = CreateCustomLossInput(
-                session_id=client.session_id, custom_loss_seq_id=0, loss=clipped_policy_loss()
-            )
+            loss = CreateCustomLossInput(session_id=client.session_id, custom_loss_seq_id=0, loss=clipped_policy_loss())
             receipts = [await client.engine.submit(loss, LOCAL_CALLER) for _ in range(2)]
             assert receipts[0] == receipts[1]
 

@@ -407,6 +407,18 @@ def test_a_pass_for_older_clients() -> None:
     ]
 
 
+def test_sample_numbers_beyond_64_bits_stay_apart() -> None:
+    """As pickled clients of release 0.13.0 send them."""
+    first = 340_411_441_286_000_000_000
+    numbers = [sample(seq_id=first + i).seq_id for i in range(3)]
+    assert numbers[1:] == [numbers[0] + 1, numbers[0] + 2]
+    assert 0 <= numbers[0] < 2**63
+    assert sample(seq_id=10**18).seq_id == 10**18
+    for seq_id in (1e20, 1.5, 10**30):
+        with pytest.raises(InvalidRequestError, match="seq_id must be an integer"):
+            sample(seq_id=seq_id)
+
+
 def test_a_sample_for_older_clients() -> None:
     answer = as_json(full_sample())
     assert answer["type"] == "sample"

@@ -75,7 +75,7 @@ class StaleCursorError(UserError):
 
     def __init__(self) -> None:
         super().__init__(
-            "the server was restarted and its samples in progress are lost; create a new sampling client and sample again"
+            "the server was restarted and lost its samples in progress; create a new sampling client and sample again"
         )
 
 

@@ -297,8 +297,8 @@ class LossPlugin:
     """Whether the loss is a sum of terms that each depend on one target cell only; it may then be computed chunk by
     chunk together with the logits. False: it sees the whole datum at once, at the price of one more matrix product."""
     evaluate: Callable[[torch.Tensor, LossContext], tuple[torch.Tensor, torch.Tensor]] | None = None
-    """(logprobs ``[N]``, context) -> scalar loss and its slopes ``[N]``, for a loss that knows its own gradient; without
-    it the gradient is that of ``compute``."""
+    """(logprobs ``[N]``, context) -> scalar loss and its slopes ``[N]``, for a loss that knows its own gradient; else
+    the gradient is that of ``compute``."""
     reuses_logits: bool = False
     """For a loss that is not per token: a datum that lies in one chunk is computed together with its logits, without
     that product. Rounding then depends on where chunks end."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tinker_core.errors import InvalidRequestError, TinkerError, UnsupportedFeatureError
 from tinker_core.types import (
     CreateSamplingSessionInput,
@@ -18,6 +20,9 @@ from tinker_server.wire.rejected import RejectedRequest, request_error
 from tinker_server.wire.tensors import tensor_from_json
 
 _DEFAULTS = SamplingParams()
+
+_LONG_SEQ_ID = re.compile(rb'"seq_id"\s*:\s*([1-9][0-9]{18,21})\s*[,}]')
+_FOLDED_SEQ_IDS = 9 * 10**18
 
 MAX_SAMPLES = 16 * 1024
 """Most samples of one request; each has an id from the start."""
@@ -44,7 +49,7 @@ def read_create_sampling_session(body: Body) -> CreateSamplingSessionInput:
 def read_asample(body: Body) -> SampleInput | RejectedRequest:
     """A sample request."""
     fields = Fields(body.json_object(), "")
-    sampling_session_id, seq_id = fields.text("sampling_session_id"), fields.integer("seq_id")
+    sampling_session_id, seq_id = fields.text("sampling_session_id"), _seq_id(fields, body)
     try:
         _refuse_unsupported(fields)
         request = SampleInput(
@@ -76,6 +81,20 @@ def read_join(body: Body) -> str:
     sampling_session_id = fields.text("sampling_session_id")
     fields.log_unknown()
     return sampling_session_id
+
+
+def _seq_id(fields: Fields, body: Body) -> int:
+    """The number of a sample, which only tells it from others of its client.
+
+    Pickled clients of release 0.13.0 begin at a random number of up to 1e21. The JSON parser makes that a float, which
+    several numbers share, so the digits themselves are read, and folded into 64 bits by whole blocks of a clone.
+    """
+    value = fields.raw("seq_id")
+    if isinstance(value, float):
+        for digits in _LONG_SEQ_ID.findall(body.plain()):
+            if float(digits) == value:
+                return int(digits) % _FOLDED_SEQ_IDS
+    return fields.integer("seq_id")
 
 
 def _refuse_unsupported(fields: Fields) -> None:
