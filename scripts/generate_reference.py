@@ -11,11 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import compatibility
+import custom_losses_reference
+import metrics_reference
+
 from tinker_core import Plugins, errors, hookspecs, interfaces
 from tinker_core.training import losses
 from tinker_server import cli
 from tinker_server.arguments import make_parser
 from tinker_server.cli import PLUGINS_VARIABLE
+from tinker_server.commands.keys import make_keys_parser
+from tinker_server.commands.tokens import make_tokens_parser
+from tinker_server.commands.usage import make_usage_parser
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 NOTICE = "<!-- Written by scripts/generate_reference.py from the code; do not edit. -->\n\n"
@@ -174,12 +181,30 @@ def cli_page() -> str:
         "",
     ]
     lines += [
+        *command_section(make_keys_parser()),
+        *command_section(make_tokens_parser()),
+        *command_section(make_usage_parser()),
         "## Exit status",
         "",
         "0 after a signal to stop, 1 when a model did not start, 2 for settings that cannot work.",
         "",
     ]
     return "\n".join(lines)
+
+
+def command_section(parser: argparse.ArgumentParser) -> list[str]:
+    """A command besides serving, with its actions and their flags."""
+    lines = [f"## {parser.prog}", "", str(parser.description), ""]
+    subparsers = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    for actions in subparsers:
+        for choice in actions._choices_actions:
+            action = actions.choices[choice.dest]
+            named = [str(item.metavar) for item in action._actions if not item.option_strings]
+            flags = [item for item in action._actions if item.option_strings and item.dest != "help"]
+            lines += [f"`{' '.join([parser.prog, choice.dest, *named])}`: {choice.help}.", "", *flag_table(flags), ""]
+    if not subparsers:
+        lines += [*flag_table([item for item in parser._actions if item.option_strings and item.dest != "help"]), ""]
+    return lines
 
 
 def cli_variable_doc() -> str:
@@ -197,6 +222,9 @@ PAGES: dict[str, Callable[[], str]] = {
     "hooks.md": hooks_page,
     "errors.md": errors_page,
     "losses.md": losses_page,
+    "custom-losses.md": custom_losses_reference.page,
+    "compatibility.md": compatibility.page,
+    "metrics.md": metrics_reference.page,
 }
 
 

@@ -78,6 +78,12 @@ class Context:
     def input(self, name):
         return torch.tensor([1.0, 2.0])
 assert loss.compute(torch.tensor([3.0, 2.0]), Context()).item() == 4.0
+from acme_losses.optimizers import SIGN_DESCENT
+class Step:
+    optimizer_params = {"type": "acme_sign", "learning_rate": 0.5}
+weights, optimizer = torch.tensor([1.0, 1.0]), SIGN_DESCENT.build({"decay": 0.5})
+assert optimizer.step(weights, torch.tensor([3.0, -4.0]), Step()) == {"grad_norm": 5.0}
+assert weights.tolist() == [0.0, 1.0]
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, env={"PYTHONPATH": "."}
