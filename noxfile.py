@@ -71,6 +71,13 @@ def core_tests(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Fuzz the decoders and the routes, as `--seconds N` for each target says; further arguments name targets."""
+    install_all(session, "tests", "fuzz")
+    session.run("python", "-m", "tests.fuzz.run", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """Build sdists and wheels of all packages."""
     build_wheels(session)
@@ -103,6 +110,22 @@ def docs(session: nox.Session) -> None:
     session.run("pytest", "tests/docs")
 
 
+@nox.session
+def sdk_representative(session: nox.Session) -> None:
+    """Drive eleven releases of the SDK, and three with flags turned on, against a real server; records the verdicts."""
+    install_all(session, "tests", "conformance")
+    session.run("python", "-m", "tests.conformance", "representative", *session.posargs, env=ONE_THREAD)
+    session.run("python", "scripts/generate_reference.py")
+
+
+@nox.session
+def sdk_all(session: nox.Session) -> None:
+    """Drive every release of the SDK from 0.3.0 on against a real server; records the verdicts."""
+    install_all(session, "tests", "conformance")
+    session.run("python", "-m", "tests.conformance", "all", *session.posargs, env=ONE_THREAD)
+    session.run("python", "scripts/generate_reference.py")
+
+
 @nox.session(venv_backend="none")
 def quickstart(session: nox.Session) -> None:
     """Run the README's first command."""
@@ -115,6 +138,15 @@ def bench(session: nox.Session) -> None:
     install_all(session, "quickstart")
     for script in sorted((ROOT / "benchmarks").glob("*.py")):
         session.run("python", str(script), *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def cookbook(session: nox.Session) -> None:
+    """Run recipes of the cookbook against one server, each with a learning check, and write the table of verdicts."""
+    install_all(session, "cookbook")
+    session.install(*CONSTRAINTS, "--no-deps", "tinker-cookbook")
+    session.run("python", "scripts/run_cookbook.py", env=ONE_THREAD, success_codes=[0, 1])
+    session.run("python", "scripts/generate_cookbook_table.py", "--strict")
 
 
 @nox.session(venv_backend="none")
