@@ -28,7 +28,7 @@ from tinker_core.errors import (
 from tinker_core.executors.rank_loop import describe_error
 from tinker_core.hookspecs import hookimpl
 from tinker_core.interfaces import LossPlugin, RankContext, SamplerPlugin, Trainer, TrainerParts, TrainerPlugin
-from tinker_core.optimizer_families import ADAMW_FAMILY, check_step_family, require_family
+from tinker_core.optimizer_families import ADAMW_FAMILY, check_step_family, read_numbers, require_family
 from tinker_core.testing.faults import FAILING_LOSS
 from tinker_core.training.validation import PassLimits, check_pass
 from tinker_core.types import (
@@ -207,6 +207,7 @@ class FakeTrainer:
         if not 1 <= rank <= self.context.max_lora_rank:
             raise InvalidLoraConfigError(f"lora rank {rank} must be 1 to {self.context.max_lora_rank}")
         require_family(model.optimizer_config.type, (ADAMW_FAMILY,))
+        read_numbers(model.optimizer_config.settings, {}, "optimizer_config")
         if len(self._models) >= self.context.max_models:
             raise CapacityError(f"all {self.context.max_models} model slots are taken; raise --max-models")
         self._models[model.model_id] = FakeAdapter.fresh(model.lora_config)
