@@ -65,16 +65,11 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python=["3.11", "3.12", "3.13"])
 def core_tests(session: nox.Session) -> None:
-    """Test the torch-free part of tinker-core on every supported Python."""
-    session.install(*CONSTRAINTS, "./packages/tinker-core", "pytest", "pytest-timeout")
-    session.run("pytest", "tests/core", "tests/storage", *session.posargs)
-
-
-@nox.session
-def fuzz(session: nox.Session) -> None:
-    """Fuzz the decoders and the routes, as `--seconds N` for each target says; further arguments name targets."""
-    install_all(session, "tests", "fuzz")
-    session.run("python", "-m", "tests.fuzz.run", *session.posargs, env=ONE_THREAD)
+    """Test the torch-free part of tinker-core, and the server with the SDK, on every supported Python without torch."""
+    requirements = ("pytest", "pytest-timeout", "httpx", "hypothesis", "packaging", "tinker==0.38.0")
+    session.install(*CONSTRAINTS, "./packages/tinker-core", "./packages/tinker-server", *requirements)
+    tests = ("tests/core", "tests/storage", "tests/server", "tests/hostile")
+    session.run("pytest", *tests, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

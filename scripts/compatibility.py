@@ -19,7 +19,7 @@ answer is decided by content type, `Accept` and the keys that are present, never
 exception: `client/config` turns the new transport of 0.22.0 and 0.22.1 off, which cannot download archives.
 
 One script, [tests/conformance/client.py](../../tests/conformance/client.py), drives the real SDK over HTTP against a
-real server with a tiny model, and checks values, not only answers. `nox -s sdk_all` made this table;
+real server with a tiny model, and checks values, not only answers. `nox -s sdk_all` makes this table;
 `nox -s sdk_representative` runs eleven releases, and the default test command six of them. Every run has an API key, so
 an owner, of its own: a release before 0.28.0 cannot read a listing that holds external weights, which later ones save.
 """
