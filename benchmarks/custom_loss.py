@@ -25,7 +25,8 @@ from support.server import running_server
 from tinker import types
 
 RANK = 16
-GOAL = 2.0
+GOAL = 1.33
+"""Of the 1.5 that three passes to two could give at best."""
 WARM_UP = 2
 
 
@@ -96,7 +97,7 @@ def main() -> None:
             with running_server(path, Path(directory, f"data-{name}"), *flags, name="bench") as url:
                 found = measure(url, data, arguments.repeats if name == "smollm2" else 10 * arguments.repeats)
             ways = f"client {found['client_s']:.3f} s, server {found['server_s']:.3f} s"
-            print(f"{name}: {num_data} x {length} tokens, {ways}: ratio {found['ratio']:.2f} (goal: about {GOAL})")
+            print(f"{name}: {num_data} x {length} tokens, {ways}: ratio {found['ratio']:.2f} (goal: {GOAL})")
             results[name] = {**found, "num_data": num_data, "length": length}
     report("custom_loss", arguments.device, results)
 
