@@ -154,8 +154,8 @@ class Intake:
         if made_in is not None:
             await self._registry.require_open(made_in, owner)
         else:
-            session_id, _, _ = (model_of(request) or "").rpartition(":train:")
-            if self._registry.finished_sessions.get(session_id) == owner:
+            session_id = session_of_run(model_of(request) or "")
+            if session_id is not None and self._registry.finished_sessions.get(session_id) == owner:
                 raise SessionFinishedError(session_id)
 
     async def _route(self, request: EngineRequest, entry: PendingResult) -> None:

@@ -85,10 +85,6 @@ class KeyLimiter:
         request = self._requests.get(request_id)
         return request.caller.limits if request is not None else KeyLimits()
 
-    def tokens_in_flight(self, key_id: str) -> int:
-        """Tokens of a key's requests without a result."""
-        return self._state(key_id).tokens
-
     # --- admission ----------------------------------------------------------------------------------------------------
 
     def admit(self, caller: Caller) -> None:

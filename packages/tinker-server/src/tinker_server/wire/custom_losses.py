@@ -13,7 +13,7 @@ from tinker_core.types import (
 )
 from tinker_server.wire.body import Body
 from tinker_server.wire.fields import Fields, as_object, show
-from tinker_server.wire.rejected import RejectedRequest, request_error
+from tinker_server.wire.rejected import RejectedRequest, reject
 
 _FORMAT = 1
 
@@ -36,12 +36,7 @@ def read_create_custom_loss(body: Body) -> CreateCustomLossInput | RejectedReque
         graph.refuse_unknown()
         fields.log_unknown()
     except TinkerError as error:
-        return RejectedRequest(
-            model_id=session_id,
-            seq_id=seq_id,
-            request_type=RequestType.CREATE_CUSTOM_LOSS,
-            error=request_error(error),
-        )
+        return reject(session_id, seq_id, RequestType.CREATE_CUSTOM_LOSS, error)
     return CreateCustomLossInput(session_id=session_id, custom_loss_seq_id=seq_id, loss=loss)
 
 

@@ -17,7 +17,7 @@ from tinker_core.types import (
 )
 from tinker_server.wire.body import Body
 from tinker_server.wire.fields import Fields, show
-from tinker_server.wire.rejected import RejectedRequest, request_error
+from tinker_server.wire.rejected import RejectedRequest, reject
 from tinker_server.wire.settings import check_plain
 
 PREFIX = "tinker_server."
@@ -59,12 +59,7 @@ def read_create_model(body: Body) -> CreateModelInput | RejectedRequest:
         )
         fields.log_unknown()
     except TinkerError as error:
-        return RejectedRequest(
-            model_id=new_model_id(session_id, model_seq_id),
-            seq_id=CREATION,
-            request_type=RequestType.CREATE_MODEL,
-            error=request_error(error),
-        )
+        return reject(new_model_id(session_id, model_seq_id), CREATION, RequestType.CREATE_MODEL, error)
     return request
 
 

@@ -32,6 +32,7 @@ def shorten(text: str) -> str:
     return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}… ({len(text)} characters)"
 
 
-def request_error(error: TinkerError) -> RequestError:
-    """An error as its future reports it."""
-    return RequestError(category=error.category, code=type(error).__name__, message=shorten(str(error)))
+def reject(model_id: str, seq_id: int, request_type: RequestType, error: TinkerError) -> RejectedRequest:
+    """A request that takes its place and reports an error there."""
+    reported = RequestError(category=error.category, code=type(error).__name__, message=shorten(str(error)))
+    return RejectedRequest(model_id=model_id, seq_id=seq_id, request_type=request_type, error=reported)

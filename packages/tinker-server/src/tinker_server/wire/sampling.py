@@ -16,7 +16,7 @@ from tinker_core.types import (
 from tinker_server.wire.body import Body
 from tinker_server.wire.chunks import model_input_from_json
 from tinker_server.wire.fields import Fields, show
-from tinker_server.wire.rejected import RejectedRequest, request_error
+from tinker_server.wire.rejected import RejectedRequest, reject
 from tinker_server.wire.tensors import tensor_from_json
 
 _DEFAULTS = SamplingParams()
@@ -69,9 +69,7 @@ def read_asample(body: Body) -> SampleInput | RejectedRequest:
         if not 1 <= request.num_samples <= MAX_SAMPLES:
             raise InvalidRequestError(f"num_samples must be 1 to {MAX_SAMPLES}, got {request.num_samples}")
     except TinkerError as error:
-        return RejectedRequest(
-            model_id=sampling_session_id, seq_id=seq_id, request_type=RequestType.SAMPLE, error=request_error(error)
-        )
+        return reject(sampling_session_id, seq_id, RequestType.SAMPLE, error)
     return request
 
 

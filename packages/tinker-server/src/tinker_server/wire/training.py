@@ -22,7 +22,7 @@ from tinker_server.wire.chunks import chunk_from_proto, model_input_from_json
 from tinker_server.wire.fields import Fields, as_object, show
 from tinker_server.wire.parts import check_fields, check_parts
 from tinker_server.wire.proto import tinker_server_wire_pb2 as pb
-from tinker_server.wire.rejected import RejectedRequest, request_error
+from tinker_server.wire.rejected import RejectedRequest, reject
 from tinker_server.wire.settings import check_plain
 from tinker_server.wire.tensors import tensor_from_json, tensor_from_proto
 from tinker_server.wire.unknown import discard_unknown
@@ -57,7 +57,7 @@ def read_forward_backward(body: Body, *, forward_only: bool = False) -> ForwardB
 
 def _rejected_pass(model_id: str, seq_id: int, forward_only: bool, error: TinkerError) -> RejectedRequest:
     kind = RequestType.FORWARD if forward_only else RequestType.FORWARD_BACKWARD
-    return RejectedRequest(model_id=model_id, seq_id=seq_id, request_type=kind, error=request_error(error))
+    return reject(model_id, seq_id, kind, error)
 
 
 def _pass_from_proto(data: bytes, *, forward_only: bool, max_parts: int) -> ForwardBackwardInput | RejectedRequest:
@@ -223,9 +223,7 @@ def read_optim_step(body: Body) -> OptimStepInput | RejectedRequest:
             optimizer_params=None if other is None else dict(check_plain(other, "optimizer_params")),
         )
     except TinkerError as error:
-        return RejectedRequest(
-            model_id=model_id, seq_id=seq_id, request_type=RequestType.OPTIM_STEP, error=request_error(error)
-        )
+        return reject(model_id, seq_id, RequestType.OPTIM_STEP, error)
 
 
 def _adam_params(fields: Fields) -> AdamParams:

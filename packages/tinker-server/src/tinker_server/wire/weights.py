@@ -22,7 +22,7 @@ from tinker_server.wire.models import (
     read_adapter_settings,
     read_optimizer_config,
 )
-from tinker_server.wire.rejected import RejectedRequest, request_error
+from tinker_server.wire.rejected import RejectedRequest, reject
 from tinker_server.wire.training import place_in_model
 
 
@@ -41,9 +41,7 @@ def read_save_weights(body: Body) -> SaveWeightsInput | RejectedRequest:
         )
         fields.log_unknown()
     except TinkerError as error:
-        return RejectedRequest(
-            model_id=model_id, seq_id=seq_id, request_type=RequestType.SAVE_WEIGHTS, error=request_error(error)
-        )
+        return reject(model_id, seq_id, RequestType.SAVE_WEIGHTS, error)
     return request
 
 
@@ -67,12 +65,7 @@ def read_save_weights_for_sampler(body: Body) -> SaveWeightsForSamplerInput | Re
         )
         fields.log_unknown()
     except TinkerError as error:
-        return RejectedRequest(
-            model_id=model_id,
-            seq_id=seq_id,
-            request_type=RequestType.SAVE_WEIGHTS_FOR_SAMPLER,
-            error=request_error(error),
-        )
+        return reject(model_id, seq_id, RequestType.SAVE_WEIGHTS_FOR_SAMPLER, error)
     return request
 
 
@@ -90,9 +83,7 @@ def read_save_weights_external(body: Body) -> SaveWeightsExternalInput | Rejecte
         )
         fields.log_unknown()
     except TinkerError as error:
-        return RejectedRequest(
-            model_id=model_id, seq_id=seq_id, request_type=RequestType.SAVE_WEIGHTS_EXTERNAL, error=request_error(error)
-        )
+        return reject(model_id, seq_id, RequestType.SAVE_WEIGHTS_EXTERNAL, error)
     return request
 
 
@@ -164,6 +155,4 @@ def reject_load(load: LoadWeightsInput, error: TinkerError) -> RejectedRequest:
 
 def _rejected(existing: tuple[str, int] | None, new: tuple[str, int] | None, error: TinkerError) -> RejectedRequest:
     model_id, seq_id = existing or (new_model_id(*new) if new else "", CREATION)
-    return RejectedRequest(
-        model_id=model_id, seq_id=seq_id, request_type=RequestType.LOAD_WEIGHTS, error=request_error(error)
-    )
+    return reject(model_id, seq_id, RequestType.LOAD_WEIGHTS, error)
