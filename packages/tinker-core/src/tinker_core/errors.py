@@ -252,6 +252,18 @@ class StorageError(TinkerError):
     """A checkpoint or a control record could not be written, read or removed; the message carries the cause."""
 
 
+class JournalFullError(TinkerError):
+    """The journal takes no more requests: its byte bound is reached, or its disk is full. With room it will again."""
+
+
+class JournalError(TinkerError):
+    """The journal cannot be written or read; what was not acknowledged must not be. The engine has to stop."""
+
+
+class DamagedRecordError(TinkerError):
+    """A journalled record or a snapshot whose checksum does not fit; names the file. It is never used."""
+
+
 # --- set-up -----------------------------------------------------------------------------------------------------------
 
 

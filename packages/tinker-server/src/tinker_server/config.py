@@ -49,7 +49,13 @@ class ServerConfig:
     micro_batch_tokens: int | None = _setting(
         None, "most tokens that a trainer packs into one micro-pass; without it 512 on a CPU, 4096 on a GPU"
     )
-    max_models: int = _setting(64, "most trainable models at a time, per base model")
+    max_models: int = _setting(1024, "most trainable models at a time, per base model, in memory or not")
+    max_resident_models: int = _setting(
+        64, "most trainable models in the workers' memory, per base model; others wait on disk for their next request"
+    )
+    park_after: int = _setting(
+        3600, "seconds without a request after which a model leaves the workers' memory; 0 never"
+    )
     max_lora_rank: int = _setting(128, "highest LoRA rank that clients may ask for")
     max_context_length: int | None = _setting(None, "bound on sequence lengths below the base models' own")
     max_decode_batch: int = _setting(64, "most sequences that are sampled together")
@@ -75,8 +81,30 @@ class ServerConfig:
     patient_samples: bool = _setting(False, "have clients wait for samples beyond two hours without any progress")
     client_side_losses: bool = _setting(False, "have clients compute custom losses themselves, in two passes")
     session_timeout: int = _setting(
-        24 * 3600, "seconds without a sign of life after which a session ends and its models are unloaded; 0 never"
+        7 * 24 * 3600, "seconds without a sign of life after which a session ends and its models are removed; 0 never"
     )
+    heartbeat_timeout: int = _setting(
+        900, "seconds without a sign of life of a client after which its samples that have not begun are dropped"
+    )
+    snapshot_steps: int = _setting(200, "optimizer steps of a model between two snapshots of its state, at most")
+    snapshot_seconds: int = _setting(30, "seconds of work on a model between two snapshots of its state, at most")
+    snapshot_bytes: int = _setting(256 * MIB, "bytes of a model's journalled requests between two snapshots, at most")
+    journal_bytes: int = _setting(16 * 1024 * MIB, "most bytes of requests and results in the journal")
+    deterministic: bool = _setting(
+        False, "one request per pass, one sample at a time, one thread: a replay after a crash is bit-identical"
+    )
+    grace_seconds: int = _setting(
+        30, "seconds that accepted work may go on after SIGTERM; the rest goes on after a start"
+    )
+    database_url: str | None = _setting(
+        None,
+        "control database, for example postgresql+psycopg://user@host/name; else SQLite in --data-dir",
+        metavar="URL",
+    )
+    checkpoint_store: str | None = _setting(
+        None, "where checkpoints are kept, for example s3://bucket/prefix; else in --data-dir", metavar="URL"
+    )
+    keep_last: int | None = _setting(None, "newest training checkpoints that each run keeps; without it all of them")
     access_log: bool = _setting(False, "log every HTTP request")
     jwt_auth: bool = _setting(False, "have clients exchange their API key for a short-lived token; whoami needs it")
     price_training: float | None = _setting(None, "US dollars per million tokens trained, for the billing endpoints")
@@ -136,6 +164,18 @@ class ServerConfig:
             dtype=self.dtype,
             micro_batch_tokens=self.micro_batch_tokens or _MICRO_BATCH_TOKENS.get(device, 512),
             max_models=self.max_models,
+            max_resident_models=self.max_resident_models,
+            park_seconds=float(self.park_after) or None,
+            snapshot_steps=self.snapshot_steps,
+            snapshot_seconds=float(self.snapshot_seconds),
+            snapshot_bytes=self.snapshot_bytes,
+            journal_bytes=self.journal_bytes,
+            deterministic=self.deterministic,
+            grace_seconds=float(self.grace_seconds),
+            database_url=self.database_url,
+            checkpoint_store=self.checkpoint_store,
+            keep_last=self.keep_last,
+            unseen_seconds=float(self.heartbeat_timeout),
             max_lora_rank=self.max_lora_rank,
             max_context_length=self.max_context_length,
             max_revisions=self.max_revisions,
@@ -170,6 +210,15 @@ _MINIMA = {
     "max_connections": 1,
     "max_samples_in_flight": 1,
     "session_timeout": 0,
+    "heartbeat_timeout": 60,
+    "max_resident_models": 1,
+    "park_after": 0,
+    "snapshot_steps": 1,
+    "snapshot_seconds": 1,
+    "snapshot_bytes": MIB,
+    "journal_bytes": 16 * MIB,
+    "grace_seconds": 0,
+    "keep_last": 1,
 }
 
 

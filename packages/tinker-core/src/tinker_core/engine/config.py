@@ -34,8 +34,32 @@ class EngineConfig:
     max_decode_batch: int = 64
     session_seconds: float | None = None
     """A session of whose client nothing was heard for so long is finished; None keeps all."""
+    unseen_seconds: float = 900.0
+    """Samples that have not begun are dropped when nothing was heard of their client for so long."""
     max_result_bytes: int = 4 * 1024**3
     """About how much memory the results may take that clients have not fetched, or might fetch again."""
+    max_resident_models: int = 64
+    """Most models in the memory of a base model's workers; the others wait on disk for their next request."""
+    park_seconds: float | None = 3600.0
+    """A model without requests for so long leaves memory even if there is room; None leaves it."""
+    snapshot_steps: int = 200
+    """Optimizer steps of a model after which its state is written in the background."""
+    snapshot_seconds: float = 30.0
+    """Seconds after which a changed model's state is written in the background."""
+    snapshot_bytes: int = 256 * 1024**2
+    """Bytes of a model's journalled requests after which its state is written in the background."""
+    journal_bytes: int = 16 * 1024**3
+    """Most bytes of requests and results in the journal; beyond it no request is accepted."""
+    deterministic: bool = False
+    """One request per pass, one sample at a time, fixed threads: a replay is bit-identical."""
+    grace_seconds: float = 30.0
+    """How long accepted work may go on after the signal to stop."""
+    database_url: str | None = None
+    """The control database as an SQLAlchemy URL; None keeps it in the data directory."""
+    checkpoint_store: str | None = None
+    """Where checkpoints are kept, as a URL such as ``s3://bucket/prefix``; None keeps them in the data directory."""
+    keep_last: int | None = None
+    """Newest training checkpoints that each run keeps; older ones are removed after a save. None keeps all."""
     options: Mapping[str, OptionValue] = attrs.field(factory=dict)
     worker_environment: Mapping[str, str] = attrs.field(factory=dict)
 
