@@ -13,6 +13,7 @@ skipped when its deadline passes.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from enum import StrEnum
 
 import attrs
@@ -49,6 +50,8 @@ class QueuedRequest:
     seq_id: int
     """Position in the model's order; the creation itself is 0."""
     num_tokens: int = 0
+    proves: bool = False
+    """Whether it is known that no lower number is still to come: of requests that ran before."""
 
     @property
     def kind(self) -> WorkKind:
@@ -78,6 +81,7 @@ class SkippedGap:
 @attrs.define(kw_only=True, eq=False)
 class _ModelQueue:
     model_id: str
+    owner: str = ""
     next_seq_id: int = 0
     pending: dict[int, QueuedRequest] = attrs.field(factory=dict)
     proven_seq_id: int = -1
@@ -98,18 +102,46 @@ class _ModelQueue:
 class Scheduler:
     """Orders and packs the training requests of one base model."""
 
-    def __init__(self, *, token_budget: int, gap_seconds: float = GAP_SECONDS) -> None:
+    def __init__(
+        self, *, token_budget: int, gap_seconds: float = GAP_SECONDS, max_models_per_work: int | None = None
+    ) -> None:
         self._token_budget = token_budget
+        self._max_models_per_work = max_models_per_work
         self._gap_seconds = gap_seconds
         self._models: dict[str, _ModelQueue] = {}
         self._turns: deque[str] = deque()
         self._work: Work | None = None
         self._skipped: list[SkippedGap] = []
 
-    def add_model(self, model_id: str) -> None:
-        """Open the queue of a model; its first request is its creation, seq_id 0."""
-        self._models[model_id] = _ModelQueue(model_id=model_id)
+    def add_model(self, model_id: str, *, owner: str = "", next_seq_id: int = 0) -> None:
+        """Open the queue of a model, which begins with its creation, seq_id 0, unless that lies behind it."""
+        self._models[model_id] = _ModelQueue(model_id=model_id, owner=owner, next_seq_id=next_seq_id)
         self._turns.append(model_id)
+
+    def rewind(self, model_id: str, next_seq_id: int, requests: Iterable[QueuedRequest], now: float) -> None:
+        """Go back to an earlier place in a model's order, with the requests that have to run again from there.
+
+        What waits in the queue goes on waiting. Raises `UnknownModelError`.
+        """
+        queue = self._models.get(model_id)
+        if queue is None:
+            raise UnknownModelError(model_id)
+        queue.next_seq_id = next_seq_id
+        queue.running = False
+        queue.pending |= {request.seq_id: request for request in requests}
+        self._note_proof(queue, queue.pending.values())
+        self._update_gap(queue, now)
+
+    def next_seq_id(self, model_id: str) -> int:
+        """The lowest number that has not begun to run; raises `UnknownModelError`."""
+        if model_id not in self._models:
+            raise UnknownModelError(model_id)
+        return self._models[model_id].next_seq_id
+
+    def is_idle(self, model_id: str) -> bool:
+        """Whether nothing of a model runs or waits."""
+        queue = self._models.get(model_id)
+        return queue is None or not (queue.running or queue.pending)
 
     def model_ids(self) -> tuple[str, ...]:
         """The models with an open queue."""
@@ -131,8 +163,7 @@ class Scheduler:
         if request.seq_id < queue.next_seq_id or request.seq_id in queue.pending:
             raise SkippedSequenceError(request.model_id, request.seq_id)
         queue.pending[request.seq_id] = request
-        if request.kind is not WorkKind.PASS:
-            queue.proven_seq_id = max(queue.proven_seq_id, request.seq_id)
+        self._note_proof(queue, (request,))
         self._update_gap(queue, now)
 
     def next(self, now: float) -> Work | None:
@@ -162,6 +193,8 @@ class Scheduler:
             return [lead]
         chosen, num_tokens = [lead], lead.num_tokens
         for request in ready[1:]:
+            if self._max_models_per_work is not None and len(chosen) >= self._max_models_per_work:
+                break
             if request.kind is lead.kind and num_tokens + request.num_tokens <= self._token_budget:
                 chosen.append(request)
                 num_tokens += request.num_tokens
@@ -198,6 +231,10 @@ class Scheduler:
     def num_running(self) -> int:
         """Requests of the running work."""
         return len(self._work.requests) if self._work is not None else 0
+
+    def _note_proof(self, queue: _ModelQueue, requests: Iterable[QueuedRequest]) -> None:
+        proofs = [request.seq_id for request in requests if request.proves or request.kind is not WorkKind.PASS]
+        queue.proven_seq_id = max([queue.proven_seq_id, *proofs])
 
     def _update_gap(self, queue: _ModelQueue, now: float) -> None:
         """Start, end or skip the gap in front of a model's waiting requests."""
