@@ -1,4 +1,4 @@
-"""What the limits of an API key do to its requests.
+"""What the limits of an API key, and the bounds of the whole server, do to requests.
 
 Requests over a limit that lifts by itself are delayed (training, which must keep its order) or turned away for a while
 (everything else). What waiting cannot help is an error that names the limit. Polls and heartbeats never come here.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 
 import attrs
 
+from tinker_core.engine.backlog import BUSY_RETRY_SECONDS, Backlog, LoadBounds
 from tinker_core.engine.clock import Clock
 from tinker_core.engine.usage import Metered
 from tinker_core.errors import KeyLimitError, RateLimitError
@@ -18,8 +19,6 @@ from tinker_core.types import Caller, KeyLimits
 
 HOLD_SECONDS = 40.0
 """How long a training request is delayed at most; clients give up reading after 45."""
-BUSY_RETRY_SECONDS = 1.0
-"""What a sample is told to wait that found too many tokens in flight."""
 
 
 @attrs.define(kw_only=True)
@@ -47,12 +46,14 @@ class _KeyState:
 
 
 class KeyLimiter:
-    """Counts what every key has in flight, and holds or refuses what is too much.
+    """Counts what every key and every owner has in flight, and holds or refuses what is too much.
 
     ``can_progress(model_id)`` says whether a model's accepted work runs on without anything that is still to arrive.
     """
 
-    def __init__(self, clock: Clock, can_progress: Callable[[str], bool]) -> None:
+    def __init__(self, clock: Clock, can_progress: Callable[[str], bool], bounds: LoadBounds | None = None) -> None:
+        self.backlog = Backlog(clock, can_progress, bounds or LoadBounds())
+        """What all keys have queued."""
         self._clock = clock
         self._can_progress = can_progress
         self._keys: dict[str, _KeyState] = {}
@@ -64,6 +65,7 @@ class KeyLimiter:
     def begin(self, request_id: str, request: Metered) -> None:
         """Note an accepted request."""
         self._requests[request_id] = request
+        self.backlog.begin(request)
         if request.caller.key_id is not None:
             state = self._state(request.caller.key_id)
             state.in_flight[request_id] = request
@@ -72,6 +74,8 @@ class KeyLimiter:
     def end(self, request_id: str) -> Metered | None:
         """Note that a request has its result; returns what was noted when it began, once."""
         request = self._requests.pop(request_id, None)
+        if request is not None:
+            self.backlog.end(request)
         if request is not None and request.caller.key_id is not None:
             state = self._state(request.caller.key_id)
             del state.in_flight[request_id]
@@ -111,19 +115,22 @@ class KeyLimiter:
                 raise RateLimitError(
                     f"this API key may have {limit} tokens in flight; wait for earlier results", BUSY_RETRY_SECONDS
                 )
+        self.backlog.admit_sample(caller.owner)
         self.admit(caller)
 
     async def hold(self, caller: Caller, num_tokens: int) -> bool:
-        """Delay a training request until its key has room, `HOLD_SECONDS` at most; returns whether it had to wait.
+        """Delay a training request until there is room, `HOLD_SECONDS` at most; returns whether it had to wait.
 
         The parts of one call are accepted before the first of them is sent, so room is waited for only while something
-        of the key is being worked on: what waits for this very request cannot make room for it.
+        of the key, or of the owner, is being worked on: what waits for this very request cannot make room for it.
         """
-        if caller.key_id is None:
-            return False
         deadline = self._clock.monotonic() + HOLD_SECONDS
-        by_rate = await self._hold_for_rate(caller.key_id, caller.limits.max_requests_per_second)
-        by_tokens = await self._hold_for_tokens(caller.key_id, caller.limits.max_tokens_in_flight, num_tokens, deadline)
+        by_key = caller.key_id is not None and await self._hold_for_key(caller, caller.key_id, num_tokens, deadline)
+        return await self.backlog.hold(caller.owner, num_tokens, deadline) or by_key
+
+    async def _hold_for_key(self, caller: Caller, key_id: str, num_tokens: int, deadline: float) -> bool:
+        by_rate = await self._hold_for_rate(key_id, caller.limits.max_requests_per_second)
+        by_tokens = await self._hold_for_tokens(key_id, caller.limits.max_tokens_in_flight, num_tokens, deadline)
         return by_rate or by_tokens
 
     async def _hold_for_rate(self, key_id: str, rate: float | None) -> bool:
