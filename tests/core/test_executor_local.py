@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,23 +11,24 @@ from pathlib import Path
 import pytest
 
 from tests.core.conftest import EngineFactory, forward_backward
-from tests.core.test_engine_sampling import PROMPT, ephemeral, logprobs
 from tests.processes import children_of
-from tinker_core.errors import ConfigurationError, InvalidLoraConfigError, PluginError, TinkerError
+from tinker_core.errors import ConfigurationError, InvalidLoraConfigError, PluginError, StorageError, TinkerError
 from tinker_core.executors.local import start_local
+from tinker_core.executors.protocol import StateCall
 from tinker_core.interfaces import WorkerGroupSpec
 from tinker_core.testing import start_group
 from tinker_core.testing.fakes import FAKE_PLUGIN
+from tinker_core.testing.trainer_lab import TrainerLab
 from tinker_core.types import (
+    MANIFEST_FILE,
     BaseModelSpec,
     ForwardBackwardOutput,
     LoraConfig,
     OptimizerConfig,
     PreparedModel,
-    RequestError,
-    SampleInput,
-    SamplingParams,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 def spec(num_ranks: int = 1, trainer: str = "fake") -> WorkerGroupSpec:
@@ -39,6 +41,10 @@ def spec(num_ranks: int = 1, trainer: str = "fake") -> WorkerGroupSpec:
         device="cpu",
         dtype="float32",
     )
+
+
+def model() -> PreparedModel:
+    return PreparedModel(model_id="m", lora_config=LoraConfig(rank=2, seed=1), optimizer_config=OptimizerConfig())
 
 
 def children() -> dict[int, int]:
@@ -85,16 +91,82 @@ def test_ranks_end_when_their_parent_dies() -> None:
         "    os.kill(os.getpid(), 9)\n"
         "asyncio.run(main())\n"
     )
-    root = Path(__file__).parents[2]
-    parent = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=False)
+    parent = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
     assert parent.returncode == -signal.SIGKILL
     pids = [int(pid) for pid in parent.stdout.split()]
     assert len(pids) == 2
     for pid in pids:
-        _wait_until_gone(pid)
+        wait_until_gone(pid)
 
 
-def _wait_until_gone(pid: int) -> None:
+def test_a_rank_that_hangs_without_its_peer_ends_when_the_engine_dies(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    script = (
+        "import asyncio, os, sys\n"
+        "from pathlib import Path\n"
+        "import attrs\n"
+        "from tests.core.test_executor_local import ROOT, children, model, spec, wait_until_gone\n"
+        "from tinker_core.executors.local import start_local\n"
+        "async def main():\n"
+        "    stuck = attrs.evolve(spec(2, 'stuck'), plugins=('tests.core.stuck_trainer',), sampler=None,\n"
+        "                         options={'pipe': sys.argv[1]}, environment={'PYTHONPATH': str(ROOT)})\n"
+        "    group = await start_local(stuck)\n"
+        "    ranks = children()\n"
+        "    asyncio.ensure_future(group.call('create', model()))\n"
+        "    await asyncio.sleep(0)\n"
+        "    assert Path(sys.argv[1]).read_text() == 'stuck'\n"  # from here on the engine's loop stands still
+        "    os.kill(ranks[0], 9)\n"
+        "    wait_until_gone(ranks[0])\n"
+        "    print(ranks[1], flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "asyncio.run(main())\n"
+    )
+    parent = subprocess.run(
+        [sys.executable, "-c", script, str(pipe)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert parent.returncode == -signal.SIGKILL, parent.stderr
+    wait_until_gone(int(parent.stdout))
+
+
+def test_a_full_disk_fails_a_snapshot_and_leaves_the_group_as_it_was(tmp_path: Path) -> None:
+    with start_group(spec(2)) as group:
+        lab = TrainerLab(group, tmp_path)
+        model_id = lab.create()
+        lab.train(model_id, 0)
+        _, hard = resource.prlimit(children()[0], resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        _, failed = lab.begin_snapshot(model_id)
+        with pytest.raises(StorageError, match="File too large"):
+            failed.result(timeout=60)
+        resource.prlimit(children()[0], resource.RLIMIT_FSIZE, (hard, hard))
+        directory, written = lab.begin_snapshot(model_id)
+        lab.train(model_id, 1)
+        written.result(timeout=60)
+        lab.restore(model_id, directory, gradient=True)
+
+
+def test_a_group_that_is_closed_finishes_what_it_writes(tmp_path: Path) -> None:
+    async def body() -> None:
+        group = await start_local(spec())
+        await group.call("create", model())
+        os.mkfifo(tmp_path / MANIFEST_FILE)
+        call = StateCall(model_id=model().model_id, directory=str(tmp_path), background=True)
+        snapshot = asyncio.create_task(group.call("snapshot", call))
+        await asyncio.sleep(0)  # until it is sent
+        await group.call("optim_step", ())  # runs after the state was copied
+        closing = asyncio.create_task(group.close())
+        await asyncio.sleep(0)
+        reader = os.open(tmp_path / MANIFEST_FILE, os.O_RDONLY | os.O_NONBLOCK)
+        await snapshot
+        await closing
+        assert b"optimizer_steps" in os.read(reader, 10_000)
+        os.close(reader)
+        assert [process.returncode for process in group._processes] == [0]
+
+    asyncio.run(body())
+
+
+def wait_until_gone(pid: int) -> None:
     """Wait on a process that is not our child; its pidfd becomes readable when it ends."""
     import select
 
@@ -108,36 +180,15 @@ def _wait_until_gone(pid: int) -> None:
         os.close(descriptor)
 
 
-def test_a_dead_worker_fails_its_requests_and_new_models_work_afterwards(open_engine: EngineFactory) -> None:
+def test_a_dead_worker_costs_its_requests_only_time(open_engine: EngineFactory) -> None:
     async def body() -> None:
         async with open_engine() as client:
             model_id = await client.create(0)
             os.kill(children()[0], signal.SIGKILL)
-            outputs = [await client.run(forward_backward(model_id, seq_id)) for seq_id in (1, 2)]
-            for output in outputs:
-                assert isinstance(output, RequestError)
-                assert (output.category, output.code) == ("server", "WorkerLostError")
+            for seq_id in (1, 2):
+                assert isinstance(await client.run(forward_backward(model_id, seq_id)), ForwardBackwardOutput)
             fresh = await client.create(1)
             assert isinstance(await client.run(forward_backward(fresh, 1)), ForwardBackwardOutput)
-
-    asyncio.run(body())
-
-
-def test_ephemeral_weights_that_died_with_their_process_are_reported_as_gone(open_engine: EngineFactory) -> None:
-    async def body() -> None:
-        async with open_engine() as client:
-            model_id = await client.create(0)
-            sampler = await ephemeral(client, model_id, 1, 0)
-            await logprobs(client, sampler, 0)
-            os.kill(children()[0], signal.SIGKILL)
-            await client.run(forward_backward(model_id, 2))
-            await client.create(1)  # the workers run again
-            request = SampleInput(
-                sampling_session_id=sampler, seq_id=1, prompt=PROMPT, sampling_params=SamplingParams(max_tokens=1)
-            )
-            output = await client.run(request)
-            assert isinstance(output, RequestError)
-            assert output.code == "LostWeightsError"
 
     asyncio.run(body())
 

@@ -101,14 +101,13 @@ def step(trainer: FsdpTrainer, model_id: str, **params: float) -> dict[str, floa
 def gradient(trainer: FsdpTrainer, model_id: str, directory: Path) -> dict[str, np.ndarray]:
     """The accumulated gradient by ``<module>.lora_A.weight`` or ``.lora_B.weight``."""
     directory.mkdir(parents=True, exist_ok=True)
-    trainer.snapshot(model_id, str(directory), SnapshotParts(optimizer=False, gradient=True))
-    path = directory / "gradient.safetensors"
-    return load_file(path) if path.exists() else {}
+    trainer.capture(model_id, SnapshotParts(optimizer=False, gradient=True))(str(directory))
+    return load_file(directory / "gradient.safetensors")
 
 
 def weights(trainer: FsdpTrainer, model_id: str, directory: Path) -> dict[str, np.ndarray]:
     directory.mkdir(parents=True, exist_ok=True)
-    trainer.export(model_id, str(directory))
+    trainer.capture_weights(model_id)(str(directory))
     return load_file(directory / "adapter_model.safetensors")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -21,13 +22,13 @@ def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         base_model=BaseModelSpec(name="tiny", path=str(path)),
         trainer="fsdp",
         sampler=None,
-        plugins=("core", "fsdp", FAULTS_PLUGIN),
+        plugins=("core", "fsdp", FAULTS_PLUGIN, "tests.fsdp.no_unpickling"),
         num_ranks=request.param,
         device="cpu",
         dtype="float32",
         micro_batch_tokens=24,
         max_models=5,
-        environment={"OMP_NUM_THREADS": "1"},
+        environment={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     with start_group(spec) as group:
         yield group

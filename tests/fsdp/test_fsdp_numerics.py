@@ -48,7 +48,7 @@ def pair(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         lib.run_one(trainer, lib.request("m", lib.random_data(seed)))
         lib.step(trainer, "m", learning_rate=0.02)
     exported = tmp_path_factory.mktemp("export")
-    trainer.export("m", str(exported))
+    trainer.capture_weights("m")(str(exported))
     base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     with warnings.catch_warnings():
         # PEFT warns about merging adapters on tied weights; nothing is merged here.
@@ -246,7 +246,7 @@ def tenants(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         lib.run_one(trainer, lib.request(name, lib.random_data(40 + index)))
         lib.step(trainer, name, learning_rate=0.01)
         snapshots[name] = tmp_path_factory.mktemp(f"tenant-{name}")
-        trainer.snapshot(name, str(snapshots[name]), SnapshotParts())
+        trainer.capture(name, SnapshotParts())(str(snapshots[name]))
     return snapshots
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.fsdp import in_process as lib
 from tests.models import write_tiny_model
@@ -96,7 +98,7 @@ def test_checkpoints_of_other_bases_modules_or_without_optimizer_are_refused(
     trainer: FsdpTrainer, tmp_path: Path
 ) -> None:
     lib.create(trainer, "saved")
-    trainer.export("saved", str(tmp_path))
+    trainer.capture_weights("saved")(str(tmp_path))
     lib.create(trainer, "other", train_mlp=False)
     with pytest.raises(CheckpointMismatchError, match="target modules"):
         trainer.restore("other", str(tmp_path), SnapshotParts(optimizer=False))
@@ -207,6 +209,57 @@ def test_a_base_model_that_cannot_be_run_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
         lib.build_trainer(edit_config(model_path, tmp_path / "copy", **changes))
+
+
+def test_weights_that_are_a_pickle_are_refused(model_path: Path, tmp_path: Path) -> None:
+    copy = edit_config(model_path, tmp_path / "copy")
+    (copy / "model.safetensors").unlink()
+    torch.save(load_file(model_path / "model.safetensors"), copy / "pytorch_model.bin")
+    with pytest.raises(ConfigurationError, match="safetensors"):
+        lib.build_trainer(copy)
+
+
+def test_memory_of_written_copies_is_used_again_and_bounded(trainer: FsdpTrainer, tmp_path: Path) -> None:
+    for name, rank in (("small", 2), ("large", 4)):
+        lib.create(trainer, name, rank=rank)
+        lib.run_one(trainer, lib.request(name, lib.random_data(0)))
+        lib.step(trainer, name, learning_rate=0.1)
+    captured = [trainer.capture(name, SnapshotParts()) for name in ("large", "small", "large")]
+    for index, write in enumerate(captured):
+        (tmp_path / str(index)).mkdir()
+        write(str(tmp_path / str(index)))
+    kept = {copy.data_ptr() for copy in trainer._copies._free}
+    assert len(kept) == 3
+    lib.step(trainer, "large", learning_rate=0.1)
+    write = trainer.capture("large", SnapshotParts())
+    assert trainer._copies._free == []
+    (tmp_path / "again").mkdir()
+    write(str(tmp_path / "again"))
+    assert {copy.data_ptr() for copy in trainer._copies._free} == kept
+    first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("2", "again"))
+    assert any(not first[key].equal(again[key]) for key in first)
+
+
+def test_a_checkpoint_of_another_type_or_without_a_part_is_refused(trainer: FsdpTrainer, tmp_path: Path) -> None:
+    lib.create(trainer, "m")
+    lib.run_one(trainer, lib.request("m", lib.random_data(0)))
+    lib.step(trainer, "m", learning_rate=0.1)
+    before = lib.weights(trainer, "m", tmp_path / "before")
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    trainer.capture("m", SnapshotParts(optimizer=True, gradient=False))(str(saved))
+    with pytest.raises(CheckpointMismatchError, match="no accumulated gradient"):
+        trainer.restore("m", str(saved), SnapshotParts(optimizer=True, gradient=True))
+    moments = load_file(saved / "optimizer.safetensors")
+    save_file({key: value for key, value in moments.items() if "sq" not in key}, saved / "optimizer.safetensors")
+    with pytest.raises(CheckpointMismatchError, match="exp_avg_sq"):
+        trainer.restore("m", str(saved), SnapshotParts())
+    half = {key: value.half() for key, value in load_file(saved / "adapter_model.safetensors").items()}
+    save_file(half, saved / "adapter_model.safetensors")
+    with pytest.raises(CheckpointMismatchError, match="float16"):
+        trainer.restore("m", str(saved), SnapshotParts(optimizer=False))
+    for key, value in lib.weights(trainer, "m", tmp_path / "after").items():
+        np.testing.assert_array_equal(value, before[key])
 
 
 @pytest.mark.parametrize(("setting", "value"), [("dtype", "float8"), ("device", "tpu"), ("micro_batch_tokens", 0)])

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import attrs
 import pytest
 
 from tests.models import write_tiny_model
 from tinker_core.interfaces import WorkerGroupSpec
 from tinker_core.testing import BlockingGroup, start_group
+from tinker_core.testing.determinism_contract import DeterminismContract
 from tinker_core.testing.faults import FAULTS_PLUGIN
 from tinker_core.testing.sampler_bench import GroupBench, SamplerBench
 from tinker_core.testing.sampler_contract import SamplerContract
@@ -26,9 +28,9 @@ DEVICE = "cuda"
 
 
 @pytest.fixture(scope="class")
-def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BlockingGroup]:
+def spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> WorkerGroupSpec:
     path = write_tiny_model(tmp_path_factory.mktemp("model"), "qwen3", tie=True)
-    spec = WorkerGroupSpec(
+    return WorkerGroupSpec(
         base_model=BaseModelSpec(name="tiny", path=str(path)),
         trainer="fsdp",
         sampler="colocated",
@@ -40,8 +42,19 @@ def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         max_models=5,
         max_context_length=64,
     )
+
+
+@pytest.fixture(scope="class")
+def group(spec: WorkerGroupSpec) -> Iterator[BlockingGroup]:
     with start_group(spec) as group:
         yield group
+
+
+@pytest.fixture(scope="class")
+def groups(spec: WorkerGroupSpec) -> Iterator[tuple[BlockingGroup, BlockingGroup]]:
+    deterministic = attrs.evolve(spec, deterministic=True)
+    with start_group(deterministic) as one, start_group(deterministic) as two:
+        yield one, two
 
 
 @pytest.fixture(scope="class")
@@ -67,3 +80,11 @@ class TestSamplerInFloat32(SamplerContract):
 class TestSamplerInBfloat16(SamplerContract):
     dtype = "bfloat16"
     tolerance = 0.2
+
+
+class TestDeterminismInFloat32(DeterminismContract):
+    dtype = "float32"
+
+
+class TestDeterminismInBfloat16(DeterminismContract):
+    dtype = "bfloat16"

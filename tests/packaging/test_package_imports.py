@@ -69,17 +69,6 @@ def test_no_package_imports_what_it_must_not_know(package: str) -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("package", SOURCES)
-def test_nothing_is_pickled(package: str) -> None:
-    wrong = [
-        f"{path.relative_to(ROOT)}:{line} imports {name}"
-        for path in modules(package)
-        for name, line in imports_of(ast.parse(path.read_text()))
-        if name.split(".")[0] in {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
-    ]
-    assert wrong == []
-
-
 def test_tinker_core_needs_torch_only_in_training_and_testing() -> None:
     optional = (SOURCES["tinker_core"] / "training", SOURCES["tinker_core"] / "testing")
     wrong = [

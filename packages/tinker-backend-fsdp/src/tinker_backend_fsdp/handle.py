@@ -10,7 +10,7 @@ from tinker_backend_fsdp.loading import LoadedModel
 from tinker_backend_fsdp.root import CausalRoot
 from tinker_backend_fsdp.state import ModelTable
 from tinker_backend_fsdp.world import World
-from tinker_core.errors import CheckpointMismatchError, UnsupportedFeatureError
+from tinker_core.errors import CheckpointMismatchError, TinkerError, UnsupportedFeatureError
 from tinker_core.training.adapters import AdapterLayout, AdapterWeights
 from tinker_core.training.peft_format import read_manifest, read_weights, write_manifest, write_weights
 from tinker_core.training.targets import select_linears
@@ -66,8 +66,18 @@ class FsdpModelHandle:
             row = state.row.detach().to(self.dtype, copy=True)
             return FrozenAdapter(state.layout, row, state.manifest(CheckpointType.SAMPLER, self._base_model))
         if ref.transport is Transport.FILE and ref.directory is not None:
-            return self._read(Path(ref.directory))
+            return self._read_together(Path(ref.directory))
         raise UnsupportedFeatureError(f"weights cannot be copied by {ref.transport}; use in_process or file")
+
+    def _read_together(self, directory: Path) -> FrozenAdapter:
+        adapter, failure = None, None
+        try:
+            adapter = self._read(directory)
+        except TinkerError as error:
+            failure = error
+        self._world.fail_together(failure)
+        assert adapter is not None
+        return adapter
 
     def _read(self, directory: Path) -> FrozenAdapter:
         manifest = read_manifest(directory)

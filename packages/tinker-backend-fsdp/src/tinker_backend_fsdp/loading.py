@@ -89,7 +89,11 @@ def _load_weights(path: str, dtype: torch.dtype) -> nn.Module:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=ATTENTION_NAME, output_loading_info=True
+            path,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            output_loading_info=True,
+            use_safetensors=True,  # the other format is a pickle
         )
         model, info = loaded
     except (OSError, ValueError, RuntimeError) as error:

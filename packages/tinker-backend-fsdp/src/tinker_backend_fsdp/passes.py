@@ -76,6 +76,8 @@ class PassRunner:
     world: World
     budget: int
     """Tokens of one micro-batch."""
+    one_by_one: bool = False
+    """Never pack several requests, so that the bits of a result depend on its own request only."""
 
     def run(self, requests: Sequence[PassRequest]) -> Generator[None, None, list[ModelPassResult]]:
         """One result per request, in order; yields after each micro-pass.
@@ -84,11 +86,12 @@ class PassRunner:
         """
         if not requests:
             return []
-        try:
-            return (yield from self._attempt(requests))
-        except PassFailedError as failed:
-            if len(requests) == 1:
-                return [ModelPassResult(request_id=requests[0].request.request_id, error=failed.error)]
+        if len(requests) == 1 or not self.one_by_one:
+            try:
+                return (yield from self._attempt(requests))
+            except PassFailedError as failed:
+                if len(requests) == 1:
+                    return [ModelPassResult(request_id=requests[0].request.request_id, error=failed.error)]
         results: list[ModelPassResult] = []
         for request in requests:
             results += yield from self.run([request])

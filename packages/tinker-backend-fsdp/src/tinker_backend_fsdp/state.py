@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import attrs
 import torch
 
+from tinker_backend_fsdp.host_copies import HostCopies
 from tinker_core.errors import CapacityError, CheckpointMismatchError, InvalidRequestError, UnknownModelError
-from tinker_core.interfaces import FlatOptimizer, OptimizerPlugin
+from tinker_core.interfaces import FlatOptimizer, OptimizerPlugin, StateWriter
 from tinker_core.training.adapters import AdapterLayout, AdapterWeights
 from tinker_core.training.peft_format import (
     read_gradient,
@@ -21,6 +23,15 @@ from tinker_core.training.peft_format import (
 )
 from tinker_core.training.targets import target_names
 from tinker_core.types import CheckpointManifest, CheckpointType, PreparedModel, PreparedOptimStep, SnapshotParts
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class SavedState:
+    """A checkpoint that was read and fits its model."""
+
+    row: torch.Tensor
+    optimizer: FlatOptimizer
+    gradient: torch.Tensor | None
 
 
 class ModelState:
@@ -80,35 +91,44 @@ class ModelState:
             optimizer_steps=self.optimizer.num_steps,
         )
 
-    def save(self, directory: Path, base_model: str, parts: SnapshotParts) -> None:
-        """Write a training checkpoint."""
-        manifest = self.manifest(CheckpointType.TRAINING, base_model)
-        write_weights(directory, self.layout, self.row, manifest)
-        if parts.optimizer:
-            write_optimizer(directory, self.layout, self.optimizer.state())
-        if parts.gradient and self.gradient is not None:
-            write_gradient(directory, self.layout, self.gradient)
-        write_manifest(directory, manifest)
+    def capture(self, base_model: str, kind: CheckpointType, parts: SnapshotParts, copies: HostCopies) -> StateWriter:
+        """Copy what a checkpoint of a kind holds into host memory; the result writes it."""
+        layout, manifest = self.layout, self.manifest(kind, base_model)
+        row = copies.copy(self.row)
+        moments = {name: copies.copy(one) for name, one in self.optimizer.state().items()} if parts.optimizer else {}
+        gradient = copies.copy(self.gradient) if parts.gradient and self.gradient is not None else None
 
-    def export(self, directory: Path, base_model: str) -> None:
-        """Write weights only."""
-        manifest = self.manifest(CheckpointType.SAMPLER, base_model)
-        write_weights(directory, self.layout, self.row, manifest)
-        write_manifest(directory, manifest)
+        def write(directory: str) -> None:
+            target = Path(directory)
+            try:
+                write_weights(target, layout, row, manifest)
+                if parts.optimizer:
+                    write_optimizer(target, layout, moments)
+                if parts.gradient:
+                    write_gradient(target, layout, gradient)
+                write_manifest(target, manifest)
+            finally:
+                copies.release([copy for copy in (row, *moments.values(), gradient) if copy is not None])
 
-    def load(self, directory: Path, base_model: str, parts: SnapshotParts) -> None:
-        """Take over a checkpoint, or raise and change nothing."""
+        return write
+
+    def read(self, directory: Path, base_model: str, parts: SnapshotParts) -> SavedState:
+        """Read and check a checkpoint for this model; changes nothing. Raises `UserError` or `StorageError`."""
         manifest = read_manifest(directory)
         self._check(manifest, base_model, parts)
-        row = read_weights(directory, self.layout)
+        row = read_weights(directory, self.layout).to(self._device)
         optimizer = self._plugin.build(self.model.optimizer_config.settings)
         if parts.optimizer:
             rows = {name: saved.to(self._device) for name, saved in read_optimizer(directory, self.layout).items()}
             optimizer.load(rows, manifest.optimizer_steps)
         gradient = read_gradient(directory, self.layout) if parts.gradient else None
-        self.row = row.to(self._device)
-        self.optimizer = optimizer
-        self.gradient = None if gradient is None else gradient.to(self._device)
+        return SavedState(
+            row=row, optimizer=optimizer, gradient=None if gradient is None else gradient.to(self._device)
+        )
+
+    def take(self, saved: SavedState) -> None:
+        """Become what was read."""
+        self.row, self.optimizer, self.gradient = saved.row, saved.optimizer, saved.gradient
         self.refresh()
 
     def _check(self, manifest: CheckpointManifest, base_model: str, parts: SnapshotParts) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
+from tinker_backend_fsdp.determinism import make_deterministic
 from tinker_backend_fsdp.handle import FsdpModelHandle
+from tinker_backend_fsdp.host_copies import HostCopies
 from tinker_backend_fsdp.loading import load_model
 from tinker_backend_fsdp.micro_batch import PassRequest
 from tinker_backend_fsdp.passes import PassRunner
 from tinker_backend_fsdp.state import ModelState, ModelTable
 from tinker_backend_fsdp.world import World
-from tinker_core.errors import ConfigurationError, UserError
+from tinker_core.errors import ConfigurationError, TinkerError, UserError
 from tinker_core.executors.rank_loop import describe_error
-from tinker_core.interfaces import RankContext, TrainerParts
+from tinker_core.interfaces import RankContext, StateWriter, TrainerParts
 from tinker_core.optimizer_families import check_step_family, require_family
 from tinker_core.training.adapters import AdapterLayout
 from tinker_core.training.graphs.loss import custom_loss_plugin
@@ -21,6 +23,7 @@ from tinker_core.training.targets import select_linears
 from tinker_core.training.validation import PassLimits, check_pass
 from tinker_core.types import (
     CUSTOM_LOSS,
+    CheckpointType,
     ModelPassResult,
     OptimStepOutput,
     OptimStepResult,
@@ -40,13 +43,21 @@ class FsdpTrainer:
     def __init__(self, context: RankContext, parts: TrainerParts) -> None:
         if context.micro_batch_tokens < 1:
             raise ConfigurationError(f"micro-batch-tokens must be at least 1, got {context.micro_batch_tokens}")
+        if context.deterministic:
+            make_deterministic()
         self._context = context
         self._parts = parts
         self._base_model = context.base_model.name
         self._world = World(context)
         self._loaded = load_model(context.base_model.path, context.dtype, self._world)
         self._models = ModelTable(context.max_models)
-        self._runner = PassRunner(root=self._loaded.root, world=self._world, budget=context.micro_batch_tokens)
+        self._copies = HostCopies()
+        self._runner = PassRunner(
+            root=self._loaded.root,
+            world=self._world,
+            budget=context.micro_batch_tokens,
+            one_by_one=context.deterministic,
+        )
         longest = self._loaded.context_length
         self._limits = PassLimits(
             vocab_size=self._loaded.vocab_size,
@@ -111,21 +122,31 @@ class FsdpTrainer:
             return OptimStepResult(request_id=step.request_id, error=describe_error(error))
         return OptimStepResult(request_id=step.request_id, output=OptimStepOutput(metrics=metrics))
 
-    def snapshot(self, model_id: str, directory: str, parts: SnapshotParts) -> None:
-        """Write a training checkpoint from rank 0."""
+    def capture(self, model_id: str, parts: SnapshotParts) -> StateWriter:
+        """Copy a training checkpoint in rank 0."""
+        return self._capture(model_id, CheckpointType.TRAINING, parts)
+
+    def capture_weights(self, model_id: str) -> StateWriter:
+        """Copy weights for samplers in rank 0."""
+        return self._capture(model_id, CheckpointType.SAMPLER, SnapshotParts(optimizer=False))
+
+    def _capture(self, model_id: str, kind: CheckpointType, parts: SnapshotParts) -> StateWriter:
         state = self._models[model_id]
         if self._world.rank == 0:
-            state.save(Path(directory), self._base_model, parts)
+            return state.capture(self._base_model, kind, parts, self._copies)
+        return lambda directory: None  # all ranks hold the same rows
 
     def restore(self, model_id: str, directory: str, parts: SnapshotParts) -> None:
-        """Read a training checkpoint in every rank."""
-        self._models[model_id].load(Path(directory), self._base_model, parts)
-
-    def export(self, model_id: str, directory: str) -> None:
-        """Write weights for samplers from rank 0."""
+        """Read a training checkpoint in every rank; all of them take it over, or none."""
         state = self._models[model_id]
-        if self._world.rank == 0:
-            state.export(Path(directory), self._base_model)
+        saved, failure = None, None
+        try:
+            saved = state.read(Path(directory), self._base_model, parts)
+        except TinkerError as error:
+            failure = error
+        self._world.fail_together(failure)
+        assert saved is not None
+        state.take(saved)
 
     def unload(self, model_id: str) -> None:
         """Forget a model."""

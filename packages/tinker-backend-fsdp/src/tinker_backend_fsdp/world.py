@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from tinker_core.errors import ConfigurationError
+from tinker_core.errors import ConfigurationError, StorageError, TinkerError
 from tinker_core.interfaces import RankContext
 
 _TEXT_BYTES = 4096
@@ -52,6 +52,17 @@ class World:
             if found:
                 return found.decode(errors="ignore")
         return None
+
+    def fail_together(self, error: TinkerError | None) -> None:
+        """Raise in all ranks when any has an error: its own where it has one, else a `StorageError` that tells of it.
+
+        For work that touches files: what one rank could read, another may not.
+        """
+        text = self.first_text(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        if text is not None:
+            raise StorageError(f"another rank failed: {text}")
 
     def close(self) -> None:
         """Leave the process group."""

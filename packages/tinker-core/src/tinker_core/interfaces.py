@@ -71,6 +71,9 @@ class RankContext:
     max_revisions: int = 64
     max_decode_batch: int = 64
     """Most sequences that a rank sampler decodes together."""
+    deterministic: bool = False
+    """Equal requests from equal state give equal bits, whatever else the rank does, has done, or holds: each request
+    of a pass is computed alone, one sample request is decoded at a time, and no kernel depends on timing."""
     options: Mapping[str, OptionValue] = attrs.field(factory=dict)
     """The plugin's own `Option` values by name."""
 
@@ -108,6 +111,11 @@ class ModelHandle(Protocol):
         """Rank 0's value of a tensor, in every rank; the tensor itself when the world is one rank."""
 
 
+StateWriter = Callable[[str], None]
+"""Writes state that was captured into an existing empty directory. Called once, perhaps on another thread, while the
+trainer goes on or has forgotten the model. Raises `StorageError` or `OSError`."""
+
+
 class Trainer(Protocol):
     """Owns the state of all models on one base model, in one rank.
 
@@ -135,16 +143,24 @@ class Trainer(Protocol):
     def optim_step(self, steps: Sequence[PreparedOptimStep]) -> tuple[OptimStepResult, ...]:
         """Apply and clear the accumulated gradients of some models; a step without gradient succeeds."""
 
-    def snapshot(self, model_id: str, directory: str, parts: SnapshotParts) -> None:
-        """Write a model's state into an existing empty directory: PEFT weights, ``optimizer.safetensors``,
-        ``gradient.safetensors`` and ``tinker.json``, as ``parts`` asks. All ranks call it, rank 0 writes."""
+    def capture(self, model_id: str, parts: SnapshotParts) -> StateWriter:
+        """Copy a model's state into host memory; every collective and every read of the live state happens here.
+
+        The writer makes PEFT weights, ``optimizer.safetensors``, ``gradient.safetensors`` and ``tinker.json``, as
+        ``parts`` asks: a part that was asked for has its file, also when nothing is in it. All ranks call this in the
+        same order; the writers of ranks other than 0 write nothing.
+        """
+
+    def capture_weights(self, model_id: str) -> StateWriter:
+        """Copy only a model's weights, for samplers; the writer makes a PEFT directory with ``tinker.json``."""
 
     def restore(self, model_id: str, directory: str, parts: SnapshotParts) -> None:
         """Put a snapshot into an existing model; without ``parts.optimizer`` the moments start fresh. The gradient is
-        cleared unless ``parts.gradient``. Raises `CheckpointMismatchError` and then changes nothing."""
+        cleared unless ``parts.gradient``.
 
-    def export(self, model_id: str, directory: str) -> None:
-        """Write only a model's weights, for samplers, as a PEFT directory with ``tinker.json``."""
+        Names, shapes and types of all that is read are checked. Raises `CheckpointMismatchError` or `StorageError`, in
+        all ranks together, and then changes nothing.
+        """
 
     def unload(self, model_id: str) -> None:
         """Forget a model."""
@@ -165,8 +181,13 @@ class RankSampler(Protocol):
     def publish(self, revision: str, ref: WeightsRef) -> None:
         """Make weights available under a new immutable name. A name that is already resident is left as it is."""
 
-    def retire(self, revision: str, spill_directory: str | None) -> None:
-        """Drop a revision, first writing it as a PEFT directory if asked. Samples in flight keep their weights."""
+    def capture_revision(self, revision: str) -> StateWriter:
+        """Something that writes a resident revision as a PEFT directory, from which `publish` makes the very same
+        weights, also when the revision has been retired meanwhile. The writers of ranks other than 0 write nothing.
+        Raises `UnknownCheckpointError`."""
+
+    def retire(self, revision: str) -> None:
+        """Drop a revision. Samples in flight keep their weights."""
 
     def submit(self, sample: PreparedSample) -> None:
         """Queue a sample; its result comes out of a later `step`, errors too."""
@@ -197,8 +218,12 @@ class Sampler(Protocol):
     async def publish(self, revision: str, ref: WeightsRef) -> None:
         """Make weights available under a new immutable name."""
 
-    async def retire(self, revision: str, spill_directory: str | None) -> None:
-        """Drop a revision, first writing it as a PEFT directory if asked."""
+    async def save_revision(self, revision: str, directory: str) -> None:
+        """Write a resident revision into an existing empty directory, as a PEFT directory from which `publish` makes
+        the very same weights."""
+
+    async def retire(self, revision: str) -> None:
+        """Drop a revision."""
 
     async def sample(self, sample: PreparedSample) -> SampleOutput:
         """Generate; raises the request's own error. Cancelling the awaiting task frees the slot."""
@@ -254,7 +279,7 @@ class SamplerContext:
     device: str
     dtype: str
     directory: str
-    """A private directory for sockets and spilled weights."""
+    """A private directory for sockets and the like."""
     max_revisions: int = 64
     options: Mapping[str, OptionValue] = attrs.field(factory=dict)
 
@@ -329,7 +354,7 @@ class FlatOptimizer(Protocol):
         """Steps taken."""
 
     def load(self, rows: Mapping[str, torch.Tensor], num_steps: int) -> None:
-        """Replace the state by saved rows."""
+        """Replace the state by saved rows; raises `CheckpointMismatchError` for rows that cannot be its own."""
 
 
 @attrs.frozen(kw_only=True)
@@ -389,6 +414,7 @@ class WorkerGroupSpec:
     max_context_length: int | None = None
     max_revisions: int = 64
     max_decode_batch: int = 64
+    deterministic: bool = False
     options: Mapping[str, OptionValue] = attrs.field(factory=dict)
     environment: Mapping[str, str] = attrs.field(factory=dict)
     """Extra environment variables of the rank processes."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from tinker_core.errors import CapacityError, UnknownCheckpointError
-from tinker_core.interfaces import ModelHandle
+from tinker_core.interfaces import ModelHandle, StateWriter
 from tinker_core.training.adapters import AdapterWeights
 from tinker_core.types import WeightsRef
 
@@ -26,11 +28,13 @@ class Revisions:
             )
         self._adapters[revision] = self._handle.copy_adapter(ref)
 
-    def retire(self, revision: str, spill_directory: str | None) -> None:
-        """Drop a revision, first writing it into ``spill_directory`` if that is given."""
-        adapter = self._find(revision)
-        if spill_directory is not None:
-            self._handle.save_adapter(adapter, spill_directory)
+    def capture(self, revision: str) -> StateWriter:
+        """Something that writes a revision, which never changes, at any later time."""
+        return partial(self._handle.save_adapter, self._find(revision))
+
+    def retire(self, revision: str) -> None:
+        """Drop a revision."""
+        self._find(revision)
         del self._adapters[revision]
 
     def weights(self, revision: str | None) -> AdapterWeights | None:

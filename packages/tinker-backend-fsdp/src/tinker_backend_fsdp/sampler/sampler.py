@@ -20,7 +20,7 @@ from tinker_backend_fsdp.sampler.progress import Job, RunningSequence, step_numb
 from tinker_backend_fsdp.sampler.revisions import Revisions
 from tinker_backend_fsdp.sampler.stopping import StopRules, eos_tokens
 from tinker_core.errors import InvalidRequestError, NonFiniteError, TinkerError
-from tinker_core.interfaces import ModelHandle, RankContext
+from tinker_core.interfaces import ModelHandle, RankContext, StateWriter
 from tinker_core.training.adapters import AdapterWeights, Segment
 from tinker_core.types import (
     PreparedSample,
@@ -43,6 +43,9 @@ class ColocatedSampler:
         self._handle = handle
         self._budget = context.micro_batch_tokens
         self._max_running = context.max_decode_batch
+        self._one_by_one = context.deterministic
+        # On CUDA cumulative sums have no reproducible kernel.
+        self._draws_on = torch.device("cpu") if context.deterministic else handle.device
         trainer = handle.capabilities
         self._capabilities = SamplerCapabilities(
             max_context_length=trainer.max_context_length,
@@ -71,9 +74,13 @@ class ColocatedSampler:
         """Copy weights under a new immutable name; raises `CapacityError` and what ``copy_adapter`` raises."""
         self._revisions.publish(revision, ref)
 
-    def retire(self, revision: str, spill_directory: str | None) -> None:
-        """Drop a revision, writing it out first if asked; raises `UnknownCheckpointError`."""
-        self._revisions.retire(revision, spill_directory)
+    def capture_revision(self, revision: str) -> StateWriter:
+        """Something that writes a revision at any later time; raises `UnknownCheckpointError`."""
+        return self._revisions.capture(revision)
+
+    def retire(self, revision: str) -> None:
+        """Drop a revision; raises `UnknownCheckpointError`."""
+        self._revisions.retire(revision)
 
     def submit(self, sample: PreparedSample) -> None:
         """Queue a sample; one that cannot be served fails in the next step."""
@@ -126,7 +133,12 @@ class ColocatedSampler:
     # --- admission ----------------------------------------------------------------------------------------------------
 
     def _admit(self) -> list[tuple[Job, PromptChunk]]:
-        """Prompt chunks for this step: what the token budget and the free places allow."""
+        """Prompt chunks for this step: what the token budget and the free places allow.
+
+        In deterministic mode a request has the batch to itself: rounding depends on what is computed together.
+        """
+        if self._one_by_one and (self._starting or len(self._running)):
+            return []
         running = len(self._running)
         budget = max(1, self._budget - running)
         wanted = running + sum(job.num_waiting for job in self._starting)
@@ -138,6 +150,8 @@ class ColocatedSampler:
             chunks.append((job, chunk))
             budget -= len(chunk.tokens)
             wanted += job.num_waiting
+            if self._one_by_one:
+                break
         for job, _ in chunks:
             if job.is_computed:
                 self._waiting.remove(job)
@@ -184,7 +198,8 @@ class ColocatedSampler:
         def head(hidden: torch.Tensor, unembed: Unembed) -> torch.Tensor:
             for part, start in zip(packed.parts, packed.starts, strict=True):
                 if isinstance(part, PromptChunk):
-                    score_chunk(jobs[id(part)], part, hidden[start : start + len(part.tokens)], unembed)
+                    rows = hidden[start : start + len(part.tokens)]
+                    score_chunk(jobs[id(part)], part, rows, unembed, self._draws_on)
             rows = hidden if packed.rows is None else hidden[packed.rows]
             return unembed.logits(rows, packed.row_segments).float()
 
@@ -216,8 +231,9 @@ class ColocatedSampler:
 
     def _take(self, sequences: Sequence[RunningSequence], continued: int, logits: torch.Tensor) -> None:
         """Draw a token for every sequence; the first ``continued`` hold a cache slot, the others begin."""
+        logits = logits.to(self._draws_on)
         drawn = draw(logits, [sequence.job.params for sequence in sequences], step_numbers(sequences))
-        tokens = self._handle.broadcast(drawn.tokens).tolist()
+        tokens = self._handle.broadcast(drawn.tokens.to(self._handle.device)).tolist()
         logprobs = drawn.logprobs.tolist()
         topk = _likeliest(sequences, logits, drawn)
         broken: dict[str, Job] = {}
@@ -256,14 +272,14 @@ class ColocatedSampler:
         self._results.append(SampleResult(request_id=request_id, error=record))
 
 
-def score_chunk(job: Job, chunk: PromptChunk, hidden: torch.Tensor, unembed: Unembed) -> None:
-    """Hand the logits that a job asks about its prompt to its scores, a bounded number of rows at a time."""
+def score_chunk(job: Job, chunk: PromptChunk, hidden: torch.Tensor, unembed: Unembed, device: torch.device) -> None:
+    """Hand the logits that a job asks about its prompt to its scores, on ``device``, some rows at a time."""
     first = max(job.scores.first_row, chunk.offset)
     last = min(chunk.end, len(job.prompt) - 1)
     rows = max(1, LOGIT_CELLS // unembed.weight.shape[0])
     for start in range(first, last, rows):
         part = hidden[start - chunk.offset : min(last, start + rows) - chunk.offset]
-        job.scores.add(start, unembed.logits(part, whole_segment(job.weights, part.shape[0])).float())
+        job.scores.add(start, unembed.logits(part, whole_segment(job.weights, part.shape[0])).float().to(device))
 
 
 def whole_segment(weights: AdapterWeights | None, size: int) -> tuple[Segment, ...]:

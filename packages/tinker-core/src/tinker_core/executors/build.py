@@ -49,6 +49,7 @@ def rank_context(spec: WorkerGroupSpec, rank: int, rendezvous: str) -> RankConte
         max_context_length=spec.max_context_length,
         max_revisions=spec.max_revisions,
         max_decode_batch=spec.max_decode_batch,
+        deterministic=spec.deterministic,
         options=dict(spec.options),
     )
 

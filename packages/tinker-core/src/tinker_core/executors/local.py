@@ -18,9 +18,9 @@ import zmq.asyncio
 
 from tinker_core import errors
 from tinker_core.encoding import Encoder, Nothing
-from tinker_core.errors import ConfigurationError, TinkerError, WorkerLostError
+from tinker_core.errors import TinkerError, WorkerLostError
 from tinker_core.executors.protocol import METHODS
-from tinker_core.executors.rank import CALL, FAILED, READY, RESULT, STOP, Start
+from tinker_core.executors.rank import CALL, ENDED, ERROR, FAILED, READY, RESULT, STOP, WRITER, Start
 from tinker_core.interfaces import ExecutorPlugin, WorkerGroupSpec
 from tinker_core.types import PreparedModelPassBatch, RequestError
 
@@ -73,6 +73,9 @@ class LocalGroup:
         self._ready: set[int] = set()
         self._all_ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._ended: set[bytes] = set()
+        self._all_answered = asyncio.Event()
+        """Rank 0 and its writing thread have nothing more to say."""
         self._tasks: list[asyncio.Task[None]] = []
         self._closing = False
 
@@ -116,7 +119,7 @@ class LocalGroup:
             log.error("worker group lost: %s", reason)
             self._lost.set_result(reason)
         if not self._all_ready.done():
-            self._all_ready.set_exception(ConfigurationError(f"{reason} while it was starting; see its log above"))
+            self._all_ready.set_exception(WorkerLostError(f"{reason} while it was starting; see its log above"))
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(WorkerLostError(f"{reason}; its models are gone"))
@@ -128,6 +131,14 @@ class LocalGroup:
     async def _receive(self, start: bytes) -> None:
         while True:
             sender, *message = await self._socket.recv_multipart()
+            if message[0] in (RESULT, ERROR):  # of rank 0, or of its writing thread
+                self._answer(message)
+                continue
+            if message[0] == ENDED:
+                self._ended.add(sender)
+                if self._ended >= {b"0", WRITER}:
+                    self._all_answered.set()
+                continue
             rank = int(sender)
             if message[0] == b"hello":
                 await self._socket.send_multipart([sender, start])
@@ -137,8 +148,6 @@ class LocalGroup:
                     self._all_ready.set_result(None)
             elif message[0] == FAILED:
                 self._fail(self._encoder.decode(message[1], RequestError), rank)
-            else:
-                self._answer(message)
 
     def _fail(self, error: RequestError, rank: int) -> None:
         if not self._all_ready.done():
@@ -193,6 +202,8 @@ class LocalGroup:
             await self._socket.send_multipart([b"0", STOP])
             waits = [asyncio.create_task(process.wait()) for process in alive]
             await asyncio.wait(waits, timeout=_STOP_SECONDS)
+            if self._processes[0].returncode == 0:  # then its last answers are on their way, if not here
+                await asyncio.wait([asyncio.create_task(self._all_answered.wait())], timeout=_STOP_SECONDS)
         for process in alive:
             if process.returncode is None:
                 process.kill()

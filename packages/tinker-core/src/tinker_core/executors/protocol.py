@@ -45,6 +45,9 @@ class StateCall:
     model_id: str
     directory: str
     parts: SnapshotParts = SnapshotParts()
+    background: bool = False
+    """Snapshot and export: write while the ranks go on with other commands, after they have copied the state. The
+    answer comes when the files are complete, or with the reason why they are not."""
 
 
 @attrs.frozen(kw_only=True)
@@ -56,11 +59,18 @@ class PublishCall:
 
 
 @attrs.frozen(kw_only=True)
-class RetireCall:
-    """A revision to drop, spilled to a directory first if one is given."""
+class SaveRevisionCall:
+    """A revision to write into a directory while the ranks go on; it stays resident."""
 
     revision: str
-    spill_directory: str | None = None
+    directory: str
+
+
+@attrs.frozen(kw_only=True)
+class RetireCall:
+    """A revision to drop."""
+
+    revision: str
 
 
 @attrs.frozen(kw_only=True)
@@ -87,6 +97,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "export": (StateCall, Nothing),
     "unload": (ModelName, Nothing),
     "publish": (PublishCall, Nothing),
+    "save_revision": (SaveRevisionCall, Nothing),
     "retire": (RetireCall, Nothing),
     "sample": (PreparedSample, SampleOutput),
     "cancel": (CancelCall, Nothing),

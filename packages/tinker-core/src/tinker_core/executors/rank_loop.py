@@ -10,22 +10,24 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import attrs
 
 from tinker_core.encoding import Nothing
-from tinker_core.errors import TinkerError, UnsupportedFeatureError
+from tinker_core.errors import StorageError, TinkerError, UnsupportedFeatureError
 from tinker_core.executors.protocol import (
     CancelCall,
     GroupCapabilities,
     ModelName,
     PublishCall,
     RetireCall,
+    SaveRevisionCall,
     StateCall,
     WaitingCall,
 )
-from tinker_core.interfaces import RankSampler, Trainer
+from tinker_core.interfaces import RankSampler, StateWriter, Trainer
 from tinker_core.types import PreparedModelPassBatch, PreparedSample, RequestError, SampleResult
 
 
@@ -55,6 +57,13 @@ class Inbox(Protocol):
         """The commands of the next tick, possibly none if not ``block``; None when the loop shall end."""
 
 
+class Writes(Protocol):
+    """Where a rank hands over captured state, to be written while it goes on."""
+
+    def start(self, command: Command, write: Callable[[], None]) -> None:
+        """Queue a write; the command is answered when it is done."""
+
+
 def describe_error(error: BaseException) -> RequestError:
     """An exception as it crosses a process border."""
     if isinstance(error, TinkerError):
@@ -62,34 +71,62 @@ def describe_error(error: BaseException) -> RequestError:
     return RequestError(category="server", code=type(error).__name__, message=f"{type(error).__name__}: {error}")
 
 
+def write_and_answer(command: Command, write: Callable[[], None], answers: Answers) -> None:
+    """Run a write of captured state and answer its command.
+
+    Only rank 0 writes and no rank's state depends on it, so a failure of whatever kind leaves a larger world in step.
+    """
+    try:
+        write()
+    except OSError as error:
+        what = f"cannot write {error.filename or 'the state'}: {error.strerror or error}"
+        answers.error(command, describe_error(StorageError(f"{what}; check free space and permissions")))
+    except Exception as error:
+        answers.error(command, describe_error(error))
+    else:
+        answers.result(command, Nothing())
+
+
 class RankLoop:
     """Drives one trainer and, if the group has one, its rank sampler."""
 
     def __init__(
-        self, trainer: Trainer, sampler: RankSampler | None, inbox: Inbox, answers: Answers, *, world_size: int = 1
+        self,
+        trainer: Trainer,
+        sampler: RankSampler | None,
+        inbox: Inbox,
+        answers: Answers,
+        *,
+        world_size: int = 1,
+        writes: Writes | None = None,
     ) -> None:
+        """Without ``writes`` state is written in the loop: for ranks other than 0, whose writers write nothing."""
         self._trainer = trainer
         self._sampler = sampler
         self._inbox = inbox
         self._answers = answers
         self._world_size = world_size
+        self._writes = writes
         self._training: deque[Command] = deque()
         self._pass: tuple[Command, Generator[None, None, object]] | None = None
         self._samples: dict[str, Command] = {}
         self._immediate: dict[str, Callable[[Command], None]] = {
             "capabilities": self._capabilities,
             "publish": self._publish,
+            "save_revision": self._save_revision,
             "retire": self._retire,
             "sample": self._sample,
             "cancel": self._cancel,
             "is_waiting": self._is_waiting,
         }
+        self._captures: dict[str, Callable[[StateCall], StateWriter]] = {
+            "snapshot": self._snapshot,
+            "export": self._export,
+        }
         self._operations: dict[str, Callable[[Any], object]] = {
             "create": trainer.create,
             "optim_step": trainer.optim_step,
-            "snapshot": self._snapshot,
             "restore": self._restore,
-            "export": self._export,
             "unload": self._unload,
         }
 
@@ -127,7 +164,8 @@ class RankLoop:
                 batch: PreparedModelPassBatch = command.payload
                 self._pass = (command, self._trainer.forward_backward(batch))
             else:
-                self._guard(command, self._run_operation, command)
+                run = self._run_capture if command.method in self._captures else self._run_operation
+                self._guard(command, run, command)
                 return
         if self._pass is not None:
             self._guard(self._pass[0], self._advance_pass, *self._pass)
@@ -144,6 +182,21 @@ class RankLoop:
     def _run_operation(self, command: Command) -> None:
         value = self._operations[command.method](command.payload)
         self._answers.result(command, Nothing() if value is None else value)
+
+    def _run_capture(self, command: Command) -> None:
+        call: StateCall = command.payload
+        write = partial(self._captures[command.method](call), call.directory)
+        if call.background:
+            self._write(command, write)
+        else:
+            write_and_answer(command, write, self._answers)
+
+    def _write(self, command: Command, write: Callable[[], None]) -> None:
+        """Answer a command when its files are written, in the background where there is one."""
+        if self._writes is not None:
+            self._writes.start(command, write)
+        else:
+            write_and_answer(command, write, self._answers)
 
     def _guard(self, command: Command, run: Callable[..., None], *args: object) -> None:
         """Answer a command's exception as its error; in a larger world an unexpected one ends the rank.
@@ -176,9 +229,13 @@ class RankLoop:
         self._require_sampler().publish(call.revision, call.ref)
         self._answers.result(command, Nothing())
 
+    def _save_revision(self, command: Command) -> None:
+        call: SaveRevisionCall = command.payload
+        self._write(command, partial(self._require_sampler().capture_revision(call.revision), call.directory))
+
     def _retire(self, command: Command) -> None:
         call: RetireCall = command.payload
-        self._require_sampler().retire(call.revision, call.spill_directory)
+        self._require_sampler().retire(call.revision)
         self._answers.result(command, Nothing())
 
     def _sample(self, command: Command) -> None:
@@ -212,14 +269,14 @@ class RankLoop:
 
     # --- state ------------------------------------------------------------------------------------------------------
 
-    def _snapshot(self, call: StateCall) -> None:
-        self._trainer.snapshot(call.model_id, call.directory, call.parts)
+    def _snapshot(self, call: StateCall) -> StateWriter:
+        return self._trainer.capture(call.model_id, call.parts)
 
     def _restore(self, call: StateCall) -> None:
         self._trainer.restore(call.model_id, call.directory, call.parts)
 
-    def _export(self, call: StateCall) -> None:
-        self._trainer.export(call.model_id, call.directory)
+    def _export(self, call: StateCall) -> StateWriter:
+        return self._trainer.capture_weights(call.model_id)
 
     def _unload(self, call: ModelName) -> None:
         self._trainer.unload(call.model_id)

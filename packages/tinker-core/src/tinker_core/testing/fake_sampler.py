@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import attrs
@@ -9,7 +10,7 @@ import numpy as np
 
 from tinker_core.errors import InvalidRequestError, TinkerError, UnknownCheckpointError, UnsupportedFeatureError
 from tinker_core.executors.rank_loop import describe_error
-from tinker_core.interfaces import RankContext
+from tinker_core.interfaces import RankContext, StateWriter
 from tinker_core.testing.fakes import (
     CONTEXT_LENGTH,
     EOS,
@@ -76,11 +77,15 @@ class FakeSampler:
         if revision not in self._revisions:
             self._revisions[revision] = self._handle.copy_adapter(ref)
 
-    def retire(self, revision: str, spill_directory: str | None) -> None:
+    def capture_revision(self, revision: str) -> StateWriter:
+        """The adapter never changes, so that a copy is not needed."""
+        if revision not in self._revisions:
+            raise UnknownCheckpointError(revision)
+        return partial(self._handle.save_adapter, self._revisions[revision])
+
+    def retire(self, revision: str) -> None:
         """Drop the adapter."""
-        adapter = self._revisions.pop(revision, None)
-        if adapter is not None and spill_directory is not None:
-            self._handle.save_adapter(adapter, spill_directory)
+        self._revisions.pop(revision, None)
 
     def submit(self, sample: PreparedSample) -> None:
         """Queue a sample."""

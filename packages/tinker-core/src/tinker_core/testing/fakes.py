@@ -8,6 +8,7 @@ restores as the contracts ask, in microseconds and without torch.  As a plugin t
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,15 @@ from tinker_core.errors import (
 )
 from tinker_core.executors.rank_loop import describe_error
 from tinker_core.hookspecs import hookimpl
-from tinker_core.interfaces import LossPlugin, RankContext, SamplerPlugin, Trainer, TrainerParts, TrainerPlugin
+from tinker_core.interfaces import (
+    LossPlugin,
+    RankContext,
+    SamplerPlugin,
+    StateWriter,
+    Trainer,
+    TrainerParts,
+    TrainerPlugin,
+)
 from tinker_core.optimizer_families import ADAMW_FAMILY, check_step_family, read_numbers, require_family
 from tinker_core.testing.faults import FAILING_LOSS
 from tinker_core.training.validation import PassLimits, check_pass
@@ -59,6 +68,7 @@ VOCAB_SIZE = 64
 HIDDEN = 16
 CONTEXT_LENGTH = 512
 EOS = 1
+WEIGHTS_ONLY = SnapshotParts(optimizer=False)
 
 
 def _computed_in_numpy(logprobs: object, context: object) -> Any:  # noqa: ANN401 - a torch tensor, were it called
@@ -107,6 +117,12 @@ class FakeAdapter:
         a = random.uniform(-0.25, 0.25, size=(lora.rank, HIDDEN)).astype(np.float32)
         return cls(lora=lora, a=a, b=np.zeros((VOCAB_SIZE, lora.rank), np.float32))
 
+    def copy(self) -> FakeAdapter:
+        """The same state, which no training of this one changes."""
+        gradient = None if self.gradient is None else (self.gradient[0].copy(), self.gradient[1].copy())
+        moments = [moment.copy() for moment in self.moments]
+        return attrs.evolve(self, a=self.a.copy(), b=self.b.copy(), gradient=gradient, moments=moments)
+
     @property
     def scale(self) -> float:
         """alpha / rank."""
@@ -153,22 +169,56 @@ class FakeHandle:
         write_adapter(adapter, Path(directory), self._trainer.context.base_model.name, CheckpointType.SAMPLER)
 
 
-def write_adapter(adapter: FakeAdapter, directory: Path, base_model: str, kind: CheckpointType) -> None:
-    """Weights and manifest into a directory."""
-    np.savez(directory / "weights.npz", a=adapter.a, b=adapter.b)
+def write_adapter(
+    adapter: FakeAdapter,
+    directory: Path,
+    base_model: str,
+    kind: CheckpointType,
+    parts: SnapshotParts = WEIGHTS_ONLY,
+) -> None:
+    """An adapter into a directory, as numpy files."""
+    np.savez(directory / "weights.npz", adapter.a, adapter.b)
+    if parts.optimizer:
+        np.savez(directory / "optimizer.npz", *adapter.moments)
+    if parts.gradient:
+        np.savez(directory / "gradient.npz", *(adapter.gradient or ()))
     manifest = CheckpointManifest(
         kind=kind, base_model=base_model, lora_config=adapter.lora, optimizer_steps=adapter.num_steps
     )
     (directory / "tinker.json").write_text(json.dumps(make_converter().unstructure(manifest)))
 
 
-def read_adapter(directory: Path, base_model: str) -> FakeAdapter:
-    """Weights from a directory; raises `CheckpointMismatchError` for another base model."""
-    manifest = make_converter().structure(json.loads((directory / "tinker.json").read_text()), CheckpointManifest)
+def read_adapter(directory: Path, base_model: str, parts: SnapshotParts = WEIGHTS_ONLY) -> FakeAdapter:
+    """An adapter from a directory; raises `CheckpointMismatchError` for another base model or files that do not fit."""
+    try:
+        manifest = make_converter().structure(json.loads((directory / "tinker.json").read_text()), CheckpointManifest)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointMismatchError(f"{directory}/tinker.json is not a checkpoint manifest: {error}") from error
     if manifest.base_model != base_model:
         raise CheckpointMismatchError(f"the checkpoint is of base model {manifest.base_model!r}, not {base_model!r}")
-    with np.load(directory / "weights.npz") as arrays:
-        return FakeAdapter(lora=manifest.lora_config, a=arrays["a"], b=arrays["b"], num_steps=manifest.optimizer_steps)
+    rank = manifest.lora_config.rank
+    pair = ((rank, HIDDEN), (VOCAB_SIZE, rank))
+    a, b = _read_arrays(directory / "weights.npz", pair)
+    adapter = FakeAdapter(lora=manifest.lora_config, a=a, b=b)
+    if parts.optimizer:
+        adapter.num_steps = manifest.optimizer_steps
+        adapter.moments = _read_arrays(directory / "optimizer.npz", (*pair, *pair) if adapter.num_steps else ())
+    if parts.gradient:
+        gradient = _read_arrays(directory / "gradient.npz", pair, ())
+        adapter.gradient = (gradient[0], gradient[1]) if gradient else None
+    return adapter
+
+
+def _read_arrays(path: Path, *allowed: tuple[tuple[int, int], ...]) -> list[Array]:
+    """Float32 arrays of one of the allowed lists of shapes."""
+    try:
+        with np.load(path) as file:
+            arrays = [file[name] for name in file.files]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointMismatchError(f"{path} cannot be read: {error}") from error
+    if tuple(array.shape for array in arrays) not in allowed or any(array.dtype != np.float32 for array in arrays):
+        raise CheckpointMismatchError(f"{path} holds {[(array.shape, array.dtype) for array in arrays]}")
+    return arrays
 
 
 class FakeTrainer:
@@ -285,32 +335,27 @@ class FakeTrainer:
         norm = _adam(adapter, step.adam_params)
         return OptimStepResult(request_id=step.request_id, output=OptimStepOutput(metrics={"grad_norm": norm}))
 
-    def snapshot(self, model_id: str, directory: str, parts: SnapshotParts) -> None:
-        """Weights, moments and gradient as numpy files."""
-        adapter, target = self.adapter(model_id), Path(directory)
-        write_adapter(adapter, target, self.context.base_model.name, CheckpointType.TRAINING)
-        if parts.optimizer:
-            np.savez(target / "optimizer.npz", *adapter.moments)
-        if parts.gradient and adapter.gradient is not None:
-            np.savez(target / "gradient.npz", *adapter.gradient)
+    def capture(self, model_id: str, parts: SnapshotParts) -> StateWriter:
+        """Weights, moments and gradient."""
+        return self._capture(model_id, CheckpointType.TRAINING, parts)
+
+    def capture_weights(self, model_id: str) -> StateWriter:
+        """Weights only."""
+        return self._capture(model_id, CheckpointType.SAMPLER, WEIGHTS_ONLY)
+
+    def _capture(self, model_id: str, kind: CheckpointType, parts: SnapshotParts) -> StateWriter:
+        adapter = self.adapter(model_id).copy()
+        if self.context.rank != 0:
+            return lambda directory: None
+        return lambda directory: write_adapter(adapter, Path(directory), self.context.base_model.name, kind, parts)
 
     def restore(self, model_id: str, directory: str, parts: SnapshotParts) -> None:
-        """The state of `snapshot`."""
-        adapter, source = self.adapter(model_id), Path(directory)
-        saved = read_adapter(source, self.context.base_model.name)
+        """The state of `capture`."""
+        adapter = self.adapter(model_id)
+        saved = read_adapter(Path(directory), self.context.base_model.name, parts)
         if saved.lora.rank != adapter.lora.rank:
             raise CheckpointMismatchError(f"the checkpoint has rank {saved.lora.rank}, the model {adapter.lora.rank}")
-        adapter.a, adapter.b, adapter.gradient = saved.a, saved.b, None
-        adapter.moments, adapter.num_steps = [], 0
-        if parts.optimizer:
-            adapter.moments, adapter.num_steps = _read_arrays(source / "optimizer.npz"), saved.num_steps
-        if parts.gradient and (source / "gradient.npz").exists():
-            grad_a, grad_b = _read_arrays(source / "gradient.npz")
-            adapter.gradient = (grad_a, grad_b)
-
-    def export(self, model_id: str, directory: str) -> None:
-        """Weights only."""
-        write_adapter(self.adapter(model_id), Path(directory), self.context.base_model.name, CheckpointType.SAMPLER)
+        self._models[model_id] = attrs.evolve(saved, lora=adapter.lora)
 
     def unload(self, model_id: str) -> None:
         """Forget a model."""
@@ -322,11 +367,6 @@ class FakeTrainer:
 
     def close(self) -> None:
         """Nothing to release."""
-
-
-def _read_arrays(path: Path) -> list[Array]:
-    with np.load(path) as arrays:
-        return [arrays[name] for name in arrays.files]
 
 
 def _adam(adapter: FakeAdapter, params: AdamParams) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from tinker_core.errors import CheckpointMismatchError
 from tinker_core.hookspecs import hookimpl
 from tinker_core.interfaces import FlatOptimizer, OptimizerPlugin
 from tinker_core.optimizer_families import check_step_family, read_numbers
@@ -50,6 +51,8 @@ class Momentum:
 
     def load(self, rows: Mapping[str, torch.Tensor], num_steps: int) -> None:
         """Replace the velocity."""
+        if set(rows) != ({"velocity"} if num_steps else set()):
+            raise CheckpointMismatchError(f"{FAMILY} after {num_steps} steps cannot have rows {sorted(rows)}")
         self._velocity = rows.get("velocity")
         self._num_steps = num_steps
 

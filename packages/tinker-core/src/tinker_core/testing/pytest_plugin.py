@@ -4,4 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("tinker_core.testing.trainer_contract", "tinker_core.testing.sampler_contract")
+pytest.register_assert_rewrite(
+    "tinker_core.testing.trainer_contract",
+    "tinker_core.testing.snapshot_contract",
+    "tinker_core.testing.sampler_contract",
+    "tinker_core.testing.determinism_contract",
+)

@@ -9,7 +9,14 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tinker_core.executors.protocol import CancelCall, GroupCapabilities, ModelName, PublishCall, RetireCall
+from tinker_core.executors.protocol import (
+    CancelCall,
+    GroupCapabilities,
+    ModelName,
+    PublishCall,
+    RetireCall,
+    SaveRevisionCall,
+)
 from tinker_core.testing.group import BlockingGroup
 from tinker_core.testing.trainer_lab import make_datum
 from tinker_core.types import (
@@ -54,10 +61,13 @@ class SamplerBench(Protocol):
         """Give the sampler a model's present weights under a new name."""
 
     def publish_files(self, revision: str, directory: str) -> None:
-        """Give the sampler weights that `retire` wrote."""
+        """Give the sampler weights that `save_revision` wrote."""
 
-    def retire(self, revision: str, spill_directory: str | None = None) -> None:
-        """Take a revision away, writing it out first if asked."""
+    def save_revision(self, revision: str, directory: str) -> None:
+        """Have a revision written into an empty directory."""
+
+    def retire(self, revision: str) -> None:
+        """Take a revision away."""
 
     def sample(self, sample: PreparedSample) -> Future[SampleOutput]:
         """Begin a sample."""
@@ -130,9 +140,13 @@ class GroupBench:
         ref = WeightsRef(transport=Transport.FILE, directory=directory)
         self._group.call("publish", PublishCall(revision=revision, ref=ref))
 
-    def retire(self, revision: str, spill_directory: str | None = None) -> None:
+    def save_revision(self, revision: str, directory: str) -> None:
+        """Write in the ranks."""
+        self._group.call("save_revision", SaveRevisionCall(revision=revision, directory=directory))
+
+    def retire(self, revision: str) -> None:
         """Retire in the ranks."""
-        self._group.call("retire", RetireCall(revision=revision, spill_directory=spill_directory))
+        self._group.call("retire", RetireCall(revision=revision))
 
     def sample(self, sample: PreparedSample) -> Future[SampleOutput]:
         """Begin a sample in the ranks."""

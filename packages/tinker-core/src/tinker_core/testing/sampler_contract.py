@@ -15,7 +15,7 @@ import attrs
 import numpy as np
 import pytest
 
-from tinker_core.errors import InvalidRequestError, TinkerError, UnsupportedFeatureError
+from tinker_core.errors import InvalidRequestError, StorageError, TinkerError, UnsupportedFeatureError
 from tinker_core.testing.sampler_bench import SamplerBench
 from tinker_core.types import (
     ImageChunk,
@@ -136,16 +136,30 @@ class SamplerContract:
             lab.bench.retire(model_id)
             lab.bench.unload_model(model_id)
 
-    def test_spilled_weights_come_back_the_same(self, lab: SampleLab, model: str, tmp_path: Path) -> None:
-        lab.bench.publish("spilled", model)
-        before = lab.prompt_logprobs("spilled")
+    def test_written_weights_stay_resident_and_come_back_the_same(
+        self, lab: SampleLab, model: str, tmp_path: Path
+    ) -> None:
+        lab.bench.publish("kept", model)
+        before = lab.prompt_logprobs("kept")
         lab.bench.train(model, 2)
-        lab.bench.retire("spilled", str(tmp_path))
-        with pytest.raises(TinkerError, match="spilled"):
-            lab.run("spilled")
-        lab.bench.publish_files("spilled", str(tmp_path))
-        np.testing.assert_array_equal(lab.prompt_logprobs("spilled"), before)
-        lab.bench.retire("spilled")
+        lab.bench.save_revision("kept", str(tmp_path))
+        np.testing.assert_array_equal(lab.prompt_logprobs("kept"), before)
+        lab.bench.retire("kept")
+        with pytest.raises(TinkerError, match="kept"):
+            lab.run("kept")
+        lab.bench.publish_files("kept", str(tmp_path))
+        np.testing.assert_array_equal(lab.prompt_logprobs("kept"), before)
+        lab.bench.retire("kept")
+
+    def test_weights_that_cannot_be_written_are_reported_and_stay(
+        self, lab: SampleLab, model: str, tmp_path: Path
+    ) -> None:
+        before = lab.prompt_logprobs(model)
+        with pytest.raises(StorageError):
+            lab.bench.save_revision(model, str(tmp_path / "missing"))
+        with pytest.raises(TinkerError, match="nobody"):
+            lab.bench.save_revision("nobody", str(tmp_path))
+        np.testing.assert_array_equal(lab.prompt_logprobs(model), before)
 
     def test_sampling_does_not_touch_training(self, lab: SampleLab, model: str) -> None:
         before = lab.bench.forward_logprobs(model, PROMPT)

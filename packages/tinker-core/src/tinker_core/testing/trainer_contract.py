@@ -19,6 +19,7 @@ from tinker_core.errors import CapacityError, CheckpointMismatchError, InvalidLo
 from tinker_core.testing.custom_loss_contract import CustomLossContract
 from tinker_core.testing.faults import FAILING_LOSS
 from tinker_core.testing.group import BlockingGroup
+from tinker_core.testing.snapshot_contract import SnapshotContract
 from tinker_core.testing.trainer_lab import (
     Arrays,
     TrainerLab,
@@ -29,6 +30,7 @@ from tinker_core.testing.trainer_lab import (
     logprobs_of,
     make_datum,
     output_of,
+    read_safetensors,
 )
 from tinker_core.types import AdamParams, Datum, ImageChunk, ModelInput, PreparedModelPass, PreparedOptimStep
 
@@ -113,7 +115,7 @@ def reference_adamw(start: Arrays, gradients: list[Arrays], params: list[AdamPar
     return weights
 
 
-class TrainerContract(CustomLossContract):
+class TrainerContract(CustomLossContract, SnapshotContract):
     """Run by subclassing; see the module."""
 
     tolerance = 1e-6
@@ -123,11 +125,11 @@ class TrainerContract(CustomLossContract):
 
     def read_gradient(self, directory: Path) -> Arrays:
         """The accumulated gradient in a snapshot, empty if there is none; names equal to those of the weights."""
-        return _read_safetensors(directory / "gradient.safetensors", "")
+        return read_safetensors(directory / "gradient.safetensors")
 
     def read_weights(self, directory: Path) -> Arrays:
         """The weights in a snapshot or an export."""
-        return _read_safetensors(directory / "adapter_model.safetensors", "base_model.model.")
+        return read_safetensors(directory / "adapter_model.safetensors", "base_model.model.")
 
     # --- fixtures -----------------------------------------------------------------------------------------------------
 
@@ -232,6 +234,23 @@ class TrainerContract(CustomLossContract):
         for name, lone, share, result in zip(together, alone, data, joint, strict=True):
             assert_same_output(output_of(result), lab.run_one(lab.request(lone, *share)), self.tolerance)
             assert_close(self.gradient(lab, name), self.gradient(lab, lone), self.tolerance)
+
+    def test_a_pass_is_the_same_whatever_it_is_packed_with(self, lab: TrainerLab) -> None:
+        models = [lab.create(rank=rank, seed=rank) for rank in (4, 1, 8, 2)]
+        for model_id in models:
+            lab.train(model_id, 0)
+        target, *tenants = models
+        saved, data = lab.snapshot(target), (lab.data(1), lab.data(2, (3, 30, 2)), lab.data(3, (1,)))
+        requests = [lab.request(name, share) for name, share in zip(tenants, data, strict=True)]
+        requests[1] = attrs.evolve(requests[1], forward_only=True)
+        own = lab.request(target, lab.data(4, (7, 2, 13)))
+        expected = lab.run_one(own)
+        gradient = self.gradient(lab, target)
+        for before in range(4):
+            lab.restore(target, saved)
+            packed = lab.run(*requests[:before], own, *requests[before:])
+            assert_same_output(output_of(packed[before]), expected, max(self.tolerance, 1e-5))
+            assert_close(self.gradient(lab, target), gradient, max(self.tolerance, 1e-5))
 
     def test_forward_reports_the_same_and_leaves_the_gradient_alone(self, lab: TrainerLab) -> None:
         model_id = lab.create()
@@ -408,11 +427,3 @@ class TrainerContract(CustomLossContract):
         saved = self.read_weights(lab.snapshot(model_id))
         lab.train(model_id, 1)
         assert_identical(self.read_weights(exported), saved)
-
-
-def _read_safetensors(path: Path, prefix: str) -> Arrays:
-    from safetensors.numpy import load_file
-
-    if not path.exists():
-        return {}
-    return {name.removeprefix(prefix): array for name, array in load_file(path).items()}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import pytest
 from tinker_core.executors.protocol import GroupCapabilities, ModelName, StateCall
 from tinker_core.testing.group import BlockingGroup
 from tinker_core.types import (
+    MANIFEST_FILE,
     AdamParams,
     Datum,
     ForwardBackwardOutput,
@@ -143,6 +148,30 @@ class TrainerLab:
         self.group.call("snapshot", StateCall(model_id=model_id, directory=str(directory), parts=parts))
         return directory
 
+    def begin_snapshot(self, model_id: str, *, gradient: bool = True) -> tuple[Path, Future[None]]:
+        """A snapshot of everything that is written in the background; its directory, and when it is complete."""
+        directory = self.new_directory()
+        parts = SnapshotParts(optimizer=True, gradient=gradient)
+        call = StateCall(model_id=model_id, directory=str(directory), parts=parts, background=True)
+        return directory, self.group.start("snapshot", call)
+
+    @contextmanager
+    def held_writes(self, model_id: str) -> Iterator[None]:
+        """Nothing is written in the background while the block runs: an export before it waits for its manifest."""
+        directory = self.new_directory()
+        pipe = directory / MANIFEST_FILE
+        os.mkfifo(pipe)  # opening it to write waits for a reader
+        call = StateCall(model_id=model_id, directory=str(directory), background=True)
+        first = self.group.start("export", call)
+        try:
+            yield
+        finally:
+            reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                first.result(timeout=120)
+            finally:
+                os.close(reader)
+
     def restore(self, model_id: str, directory: Path, *, optimizer: bool = True, gradient: bool = False) -> None:
         """Put a checkpoint into a model."""
         parts = SnapshotParts(optimizer=optimizer, gradient=gradient)
@@ -153,6 +182,21 @@ class TrainerLab:
         directory = self.new_directory()
         self.group.call("export", StateCall(model_id=model_id, directory=str(directory)))
         return directory
+
+
+def read_safetensors(path: Path, prefix: str = "") -> Arrays:
+    """Arrays of a file by name without ``prefix``; empty if there is no file."""
+    from safetensors.numpy import load_file
+
+    if not path.exists():
+        return {}
+    return {name.removeprefix(prefix): array for name, array in load_file(path).items()}
+
+
+def optimizer_steps(directory: Path) -> int:
+    """Steps of the model that a checkpoint holds, as its manifest says."""
+    steps: int = json.loads((directory / MANIFEST_FILE).read_text())["optimizer_steps"]
+    return steps
 
 
 def output_of(result: ModelPassResult) -> ForwardBackwardOutput:

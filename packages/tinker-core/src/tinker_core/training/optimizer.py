@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from tinker_core.errors import InvalidRequestError
+from tinker_core.errors import CheckpointMismatchError, InvalidRequestError
 from tinker_core.interfaces import FlatOptimizer, OptimizerPlugin
 from tinker_core.optimizer_families import ADAMW_FAMILY, check_step_family
 from tinker_core.types import AdamParams, PreparedOptimStep, SettingValue
@@ -61,9 +61,12 @@ class AdamW:
         return self._num_steps
 
     def load(self, rows: Mapping[str, torch.Tensor], num_steps: int) -> None:
-        """Replace the state by saved rows; no rows means fresh moments."""
-        if rows and set(rows) != set(_ROWS):
-            raise InvalidRequestError(f"AdamW state has rows {', '.join(_ROWS)}, got {', '.join(sorted(rows))}")
+        """Replace the state by saved rows; no rows, after no steps, means fresh moments."""
+        expected = set(_ROWS) if num_steps else set()
+        if num_steps < 0 or set(rows) != expected:
+            raise CheckpointMismatchError(
+                f"AdamW after {num_steps} steps has rows {sorted(expected)}, the checkpoint has {sorted(rows)}"
+            )
         self._rows = dict(rows)
         self._num_steps = num_steps
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import cattrs
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 from tinker_core.encoding import make_converter
 from tinker_core.errors import CheckpointMismatchError, StorageError
@@ -48,7 +49,7 @@ def write_weights(directory: Path, layout: AdapterLayout, row: torch.Tensor, man
 
 def read_weights(directory: Path, layout: AdapterLayout) -> torch.Tensor:
     """The float32 row on the CPU; raises `CheckpointMismatchError` for other modules or shapes."""
-    return _read_rows(directory / WEIGHTS_FILE, layout, (_PEFT_PREFIX,))[_PEFT_PREFIX]
+    return _rows_of(_load(directory / WEIGHTS_FILE), layout, (_PEFT_PREFIX,))[_PEFT_PREFIX]
 
 
 def write_optimizer(directory: Path, layout: AdapterLayout, rows: Mapping[str, torch.Tensor]) -> None:
@@ -61,19 +62,23 @@ def read_optimizer(directory: Path, layout: AdapterLayout) -> dict[str, torch.Te
     path = directory / OPTIMIZER_FILE
     if not path.exists():
         raise CheckpointMismatchError("the checkpoint has no optimizer state; load it without the optimizer")
-    names = {key.split(".", 1)[0] + "." for key in _load(path)}
-    return {prefix[:-1]: row for prefix, row in _read_rows(path, layout, tuple(sorted(names))).items()}
+    found = _load(path)
+    names = {key.split(".", 1)[0] + "." for key in found}
+    return {prefix[:-1]: row for prefix, row in _rows_of(found, layout, tuple(sorted(names))).items()}
 
 
-def write_gradient(directory: Path, layout: AdapterLayout, row: torch.Tensor) -> None:
-    """Write an accumulated gradient."""
-    _write_row(directory / GRADIENT_FILE, layout, {"": row})
+def write_gradient(directory: Path, layout: AdapterLayout, row: torch.Tensor | None) -> None:
+    """Write an accumulated gradient; None, when nothing is accumulated, makes an empty file."""
+    _write_row(directory / GRADIENT_FILE, layout, {} if row is None else {"": row})
 
 
 def read_gradient(directory: Path, layout: AdapterLayout) -> torch.Tensor | None:
-    """An accumulated gradient, or None when there was none."""
+    """An accumulated gradient, None when there was none; raises `CheckpointMismatchError` when it was not saved."""
     path = directory / GRADIENT_FILE
-    return _read_rows(path, layout, ("",))[""] if path.exists() else None
+    if not path.exists():
+        raise CheckpointMismatchError("the checkpoint has no accumulated gradient; load it without")
+    found = _load(path)
+    return _rows_of(found, layout, ("",))[""] if found else None
 
 
 def write_manifest(directory: Path, manifest: CheckpointManifest) -> None:
@@ -105,7 +110,7 @@ def _module_tensors(layout: AdapterLayout, row: torch.Tensor) -> dict[str, torch
 
 def _write_row(path: Path, layout: AdapterLayout, rows: Mapping[str, torch.Tensor]) -> None:
     tensors = {
-        prefix + key: tensor.to("cpu", torch.float32).clone()
+        prefix + key: tensor.to("cpu", torch.float32).numpy()
         for prefix, row in rows.items()
         for key, tensor in _module_tensors(layout, row).items()
     }
@@ -123,8 +128,9 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _read_rows(path: Path, layout: AdapterLayout, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    found = _load(path)
+def _rows_of(
+    found: Mapping[str, torch.Tensor], layout: AdapterLayout, prefixes: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
     rows = {prefix: torch.zeros(layout.size, dtype=torch.float32) for prefix in prefixes}
     wanted = {prefix + key: view for prefix, row in rows.items() for key, view in _module_tensors(layout, row).items()}
     if wanted.keys() != found.keys():
@@ -137,6 +143,8 @@ def _read_rows(path: Path, layout: AdapterLayout, prefixes: tuple[str, ...]) -> 
             raise CheckpointMismatchError(
                 f"{key!r} has shape {list(found[key].shape)} in the checkpoint, {list(view.shape)} in the model"
             )
+        if view.dtype != found[key].dtype:
+            raise CheckpointMismatchError(f"{key!r} is {found[key].dtype} in the checkpoint; rows are {view.dtype}")
         view.copy_(found[key])
     return rows
 
