@@ -25,7 +25,7 @@ class AccessTokenStore(Rows):
     async def list(self) -> list[AccessTokenRecord]:
         """All records, oldest first."""
         query = sa.select(access_tokens).order_by(access_tokens.c.number)
-        rows = await self._run(lambda connection: list(connection.execute(query).mappings()))
+        rows = await self._read(lambda connection: list(connection.execute(query).mappings()))
         return [self._record(row, AccessTokenRecord) for row in rows]
 
     async def revoke(self, token_id: str, at: datetime) -> AccessTokenRecord | None:

@@ -32,5 +32,5 @@ class AuditStore(Rows):
         if category is not None:
             conditions.append(audit_log.c.category == category)
         query = sa.select(audit_log).where(*conditions).order_by(audit_log.c.recorded_at, audit_log.c.number)
-        rows = await self._run(lambda connection: list(connection.execute(query).mappings()))
+        rows = await self._read(lambda connection: list(connection.execute(query).mappings()))
         return [self._record(row, AuditRecord) for row in rows]

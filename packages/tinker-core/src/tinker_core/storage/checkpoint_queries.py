@@ -53,9 +53,15 @@ class CheckpointQueries(Rows):
             conditions.append(training_runs.c.project_id == project_id)
         return await self._list(training_runs, TrainingRunRecord, conditions, limit, offset)
 
-    async def written_by(self, request_id: str) -> CheckpointRecord | None:
-        """The checkpoint that a request wrote, or None."""
-        return await self._get(checkpoints.c.request_id, request_id, CheckpointRecord)
+    async def surplus(self, run_id: str, keep_last: int) -> list[CheckpointRecord]:
+        """All but the newest training checkpoints of a run, among those that are private and have no expiry."""
+        conditions = [
+            checkpoints.c.run_id == run_id,
+            checkpoints.c.path.contains(f"/{CheckpointType.TRAINING.value}/", autoescape=True),
+            checkpoints.c.expires_at.is_(None),
+            checkpoints.c.public.is_(False),
+        ]
+        return (await self._list(checkpoints, CheckpointRecord, conditions, None, keep_last))[0]
 
     async def set_public(self, path: TinkerPath, public: bool) -> None:
         """Open a checkpoint to everybody's eyes, or close it. Raises `UnknownCheckpointError`."""
@@ -63,15 +69,16 @@ class CheckpointQueries(Rows):
         await self._change(statement, UnknownCheckpointError(str(path)))
 
     async def next_expiry(self) -> datetime | None:
-        """When the next checkpoint's time is over; None when that never happens."""
+        """When the time of the next checkpoint that this server looks after is over; None when that never happens."""
         query = sa.select(checkpoints.c.expires_at).where(checkpoints.c.expires_at.is_not(None))
+        query = query.where(self._looked_after(checkpoints.c.server_id))
         query = query.order_by(checkpoints.c.expires_at).limit(1)
-        return await self._run(lambda connection: connection.execute(query).scalar())
+        return await self._read(lambda connection: connection.execute(query).scalar())
 
     async def stored_bytes(self) -> dict[str, int]:
         """Bytes of saved checkpoints by owner."""
         query = sa.select(checkpoints.c.owner, sa.func.sum(checkpoints.c.size_bytes)).group_by(checkpoints.c.owner)
-        rows = await self._run(lambda connection: list(connection.execute(query)))
+        rows = await self._read(lambda connection: list(connection.execute(query)))
         return {owner: int(size) for owner, size in rows}
 
 

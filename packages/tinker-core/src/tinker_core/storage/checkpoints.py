@@ -1,31 +1,31 @@
-"""Checkpoints as directories on a local file system: whole and durable, or not there."""
+"""Checkpoints as sets of files: written to a local directory, sealed, published whole under a location of their own."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import errno
 import hashlib
-import os
+import logging
 import re
-import shutil
-import threading
+import secrets
 import uuid
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
-from tinker_core.errors import StorageError, UnknownCheckpointError
-from tinker_core.types import CheckpointType, TinkerPath, check_checkpoint_name
+from tinker_core.errors import ConfigurationError, StorageError
+from tinker_core.storage.checkpoint_files import FileStore, check_names, is_allowed, link_files, local_sizes
+from tinker_core.storage.local_checkpoints import LocalFiles
+from tinker_core.storage.sealed import make_directory, remove, seal
+from tinker_core.types import CheckpointRecord, CheckpointType, TinkerPath, check_checkpoint_name
+
+log = logging.getLogger(__name__)
 
 _UNSAFE = re.compile(rb"[^A-Za-z0-9_-]")
 _LONGEST_PLAIN = 200
-
-_CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK)
-"""File systems without hard links, or with too many of one file."""
-
-_INCOMING = ".incoming"
-"""Saves that are being written and checkpoints that are being deleted."""
-_REPLACED = ".replaced"
-"""Old checkpoints, under their own names, while new ones take their places."""
+_VERSIONS = "versions"
 
 
 def safe_directory_name(model_id: str) -> str:
@@ -38,175 +38,152 @@ def safe_directory_name(model_id: str) -> str:
     return f"{name[:100]}%-{hashlib.sha256(raw).hexdigest()}"
 
 
-class CheckpointStore:
-    """Checkpoint directories below one root. Blocking; safe to call from several threads.
+def new_version() -> str:
+    """A name for what one save writes, which nothing else ever has: so no save touches another's files."""
+    return secrets.token_hex(8)
 
-    A save is `begin`, writing files into the directory that it returns, then `commit` or `abort`. Every method raises
-    `StorageError`, with the operating system's reason, when the file system refuses.
+
+def location_of(path: TinkerPath, version: str | None) -> str:
+    """Where the files of a save lie below a store's root; without a version, where an older release put them."""
+    # A TinkerPath can be made without `parse`, so its parts are checked here, at the last door before the store.
+    run, kind, name = safe_directory_name(path.run_id), CheckpointType(path.kind), check_checkpoint_name(path.name)
+    if version is None:
+        return f"{run}/{kind.value}/{name}"
+    return f"{run}/{_VERSIONS}/{kind.value}/{name}/{version}"
+
+
+def location_of_record(record: CheckpointRecord) -> str:
+    """Where the files of a checkpoint lie below its store's root."""
+    return location_of(record.path, record.version)
+
+
+def open_checkpoint_store(url: str | None, data_dir: Path, max_cache_bytes: int, server_id: str) -> CheckpointStore:
+    """The store at a URL, which other servers may use too; in the data directory without one.
+
+    ``server_id`` is a file name that tells this server from the others. Asks nothing of the network.
+
+    Raises `ConfigurationError` for a URL that cannot be one.
+    """
+    if url is None:
+        return CheckpointStore(LocalFiles(data_dir / "checkpoints"))
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        if parts.netloc or not parts.path.startswith("/"):
+            raise ConfigurationError(f"--checkpoint-store {url!r} must be file:///absolute/path")
+        return CheckpointStore(LocalFiles(Path(unquote(parts.path)), server_id))
+    from tinker_core.storage.remote_checkpoints import RemoteFiles
+
+    return CheckpointStore(RemoteFiles(url, data_dir / "cache" / "checkpoints", max_cache_bytes))
+
+
+class CheckpointStore:
+    """Writes, reads and removes the files of checkpoints. Which of them count is said by the control records.
+
+    A save is `begin`, writing files into the directory that it returns, `seal`, `publish`, and in any case `end`. Every
+    method raises `StorageError`, with the reason, when the store refuses.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._root = root.resolve()
-        self._lock = threading.Lock()
+    def __init__(self, files: FileStore) -> None:
+        self._files = files
+        self._readers: Counter[str] = Counter()
 
-    def begin(self, path: TinkerPath) -> Path:
-        """A new empty directory, on the root's file system, for the files of a checkpoint that may become ``path``."""
-        self._target(path)
-        temporary = self._root / _INCOMING / uuid.uuid4().hex
-        with _reported("write", path):
-            temporary.mkdir(parents=True)
-        return temporary
+    async def open(self) -> None:
+        """Clear up what a crash has left of this server's own; to be called once, before anything else."""
+        await self._files.open()
 
-    def commit(self, path: TinkerPath, temporary: Path) -> int:
-        """Make what was written the checkpoint ``path`` and return its size in bytes.
+    # --- saving -------------------------------------------------------------------------------------------------------
 
-        Durable when it returns. A checkpoint of that name is replaced; after a crash half-way the old one is back.
+    async def begin(self) -> Path:
+        """A new empty local directory for the files of a checkpoint."""
+        directory = self._files.work_directory / uuid.uuid4().hex
+        await asyncio.to_thread(make_directory, directory)
+        return directory
+
+    async def seal(self, directory: Path, location: str) -> int:
+        """Checksum and flush what was written for a location; returns the size in bytes, without the checksums."""
+        return await asyncio.to_thread(_seal, self._own(directory), location)
+
+    async def publish(self, directory: Path, location: str) -> None:
+        """Put sealed files where they belong, durably. After a failure a part of them may be there."""
+        await self._files.publish(self._own(directory), location)
+
+    async def end(self, directory: Path) -> None:
+        """Remove what is left of a directory of `begin`."""
+        try:
+            await asyncio.to_thread(remove, self._own(directory))
+        except StorageError as error:
+            log.error("an unfinished save stays on disk until the next start: %s", error)
+
+    async def remove(self, location: str) -> None:
+        """Remove the files at a location, which nobody reads; none there is fine."""
+        await self._files.remove(location)
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def is_read(self, location: str) -> bool:
+        """Whether somebody reads the files of a location now."""
+        return self._readers[location] > 0
+
+    async def sizes(self, location: str) -> dict[str, int]:
+        """Bytes of a checkpoint's files by name, in order of name."""
+        found = await self._files.sizes(location)
+        sizes = {name: size for name, size in found.items() if is_allowed(name)}
+        if not sizes:
+            raise StorageError(f"the files of checkpoint {location} are gone from {self._files}")
+        return sizes
+
+    @asynccontextmanager
+    async def reading(self, location: str, *, verify: bool = True) -> AsyncIterator[Path]:
+        """A local directory with a checkpoint's files for the length of a block; they must not be changed.
+
+        Raises `DamagedRecordError`, naming the file, for files that are not what was saved. Without ``verify``, that is
+        noticed of remote files only.
         """
-        target = self._target(path)
-        replaced = self._root / _REPLACED / target.relative_to(self._root)
-        with _reported("write", path):
-            size = _sync_tree(self._own(temporary))
-            with self._lock:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if target.exists():
-                    replaced.parent.mkdir(parents=True, exist_ok=True)
-                    _remove(replaced)
-                    _move(target, replaced)
-                    try:
-                        _move(temporary, target)
-                    except OSError:
-                        _move(replaced, target)
-                        raise
-                    _remove(replaced)
-                else:
-                    _move(temporary, target)
-                self._sync_parents(target)
-        return size
+        self._readers[location] += 1
+        try:
+            async with self._files.reading(location, verify=verify) as directory:
+                yield directory
+        finally:
+            self._readers[location] -= 1
+            if not self._readers[location]:
+                del self._readers[location]
 
-    def abort(self, temporary: Path) -> None:
-        """Throw away what was written since `begin`."""
-        with _reported("remove", temporary):
-            _remove(self._own(temporary))
+    async def link(self, source: Path, directory: Path) -> None:
+        """Put the files of a checkpoint that is being read into a directory of `begin`."""
+        await asyncio.to_thread(_link, source, self._own(directory))
 
-    def directory(self, path: TinkerPath) -> Path:
-        """Where the files of a checkpoint lie; raises `UnknownCheckpointError`."""
-        target = self._target(path)
-        with _reported("read", path):
-            if not target.is_dir():
-                raise UnknownCheckpointError(str(path))
-        return target
+    def _own(self, directory: Path) -> Path:
+        if directory.parent != self._files.work_directory:
+            raise ValueError(f"{directory} was not made by begin()")
+        return directory
 
-    def files(self, path: TinkerPath) -> dict[str, int]:
-        """Sizes in bytes of a checkpoint's files by their names below its directory, in order of name.
 
-        Raises `UnknownCheckpointError`.
-        """
-        directory = self.directory(path)
-        with _reported("read", path):
-            found = sorted(file for file in directory.rglob("*") if file.is_file())
-            return {file.relative_to(directory).as_posix(): file.stat().st_size for file in found}
+def _seal(directory: Path, location: str) -> int:
+    with _reported("read", directory):
+        names = local_sizes(directory)
+    if not names:
+        raise StorageError(f"nothing was written for checkpoint {location}; report this to the trainer's author")
+    check_names(names, location)
+    return seal(directory, location)
 
-    def link(self, source: TinkerPath, temporary: Path) -> None:
-        """Put a checkpoint's files into a directory of `begin`, without a second copy where the file system can.
 
-        Raises `UnknownCheckpointError`. Files never change once committed, so that sharing them is safe.
-        """
-        directory, target = self.directory(source), self._own(temporary)
-        with _reported("read", source):
-            for name in self.files(source):
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    (target / name).hardlink_to(directory / name)
-                except OSError as error:
-                    if error.errno not in _CANNOT_LINK:
-                        raise
-                    shutil.copyfile(directory / name, target / name)
+def _link(source: Path, directory: Path) -> None:
+    with _reported("copy", source):
+        link_files(source, directory)
 
-    def delete(self, path: TinkerPath) -> None:
-        """Remove a checkpoint, at once for readers; raises `UnknownCheckpointError`."""
-        trash = self._root / _INCOMING / uuid.uuid4().hex
-        with _reported("remove", path):
-            with self._lock:
-                target = self.directory(path)
-                trash.parent.mkdir(parents=True, exist_ok=True)
-                _move(target, trash)
-            _remove(trash)
 
-    def sweep(self) -> None:
-        """Clear up after a crash; to be called before the first save. Unfinished replacements are taken back."""
-        with _reported("remove", self._root):
-            for old in (self._root / _REPLACED).glob("*/*/*"):
-                target = self._root / old.relative_to(self._root / _REPLACED)
-                if not target.exists():
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    _move(old, target)
-            _remove(self._root / _REPLACED)
-            _remove(self._root / _INCOMING)
-
-    def _target(self, path: TinkerPath) -> Path:
-        # A TinkerPath can be made without `parse`, so its parts are checked here, at the last door before the disk.
-        return (
-            self._root / safe_directory_name(path.run_id) / CheckpointType(path.kind) / check_checkpoint_name(path.name)
-        )
-
-    def _own(self, temporary: Path) -> Path:
-        if temporary.parent != self._root / _INCOMING:
-            raise ValueError(f"{temporary} was not made by begin()")
-        return temporary
-
-    def _sync_parents(self, target: Path) -> None:
-        for directory in target.parents:
-            _sync(directory)
-            if directory == self._root:
-                break
+def files_of(directory: Path) -> dict[str, int]:
+    """Bytes of the files of a checkpoint in a local directory by name. Blocking. Raises `StorageError`."""
+    with _reported("read", directory):
+        return {name: size for name, size in local_sizes(directory).items() if is_allowed(name)}
 
 
 @contextlib.contextmanager
-def _reported(verb: str, what: object) -> Iterator[None]:
+def _reported(verb: str, directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
         raise StorageError(
-            f"cannot {verb} checkpoint {str(what)!r}: {reason}; check free space and permissions of the data directory"
+            f"cannot {verb} the files of a checkpoint in {directory}: {error.strerror or error}; check free space and "
+            "permissions of the data directory"
         ) from error
-
-
-def size_of(directory: Path) -> int:
-    """Bytes of all files below a directory. Raises `StorageError`."""
-    with _reported("read", directory):
-        return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-
-
-def _sync_tree(directory: Path) -> int:
-    """Flush files and directories to disk; returns the size of the files in bytes."""
-    size = 0
-    for folder, _, names in os.walk(directory, onerror=_raise):
-        for name in names:
-            file = Path(folder, name)
-            _sync(file)
-            size += file.stat().st_size
-        _sync(Path(folder))
-    return size
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _move(source: Path, target: Path) -> None:
-    source.rename(target)
-    _sync(target.parent)
-
-
-def _remove(directory: Path) -> None:
-    if directory.exists():
-        shutil.rmtree(directory)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
+import attrs
 import sqlalchemy as sa
 
 from tinker_core.errors import CheckpointExistsError, UnknownCheckpointError, UnknownModelError, UnknownSessionError
 from tinker_core.storage.access_tokens import AccessTokenStore
 from tinker_core.storage.audit import AuditStore
 from tinker_core.storage.checkpoint_queries import CheckpointQueries
-from tinker_core.storage.database import open_database
+from tinker_core.storage.checkpoint_saves import CheckpointSaves
+from tinker_core.storage.database import Database
 from tinker_core.storage.keys import KeyStore
 from tinker_core.storage.rows import Rows
+from tinker_core.storage.servers import ServerStore
 from tinker_core.storage.session_queries import SessionQueries
 from tinker_core.storage.tables import checkpoints, samplers, sessions, training_runs
 from tinker_core.storage.usage import UsageStore
@@ -23,45 +24,45 @@ from tinker_core.types import CheckpointRecord, SamplerRecord, SessionRecord, Ti
 
 
 class ControlStore(Rows):
-    """Keeps control records. Methods may be called from one event loop; SQL runs on one thread of the store's own.
+    """Keeps control records. Methods may be called from one event loop; SQL runs on threads of the database's.
 
     Every method raises `StorageError` when the database itself fails. ``list_*`` methods return a page, newest first,
     and the number of records on all pages; ``limit=None`` is no limit.
     """
 
-    def __init__(self, engine: sa.Engine, thread: ThreadPoolExecutor) -> None:
-        super().__init__(engine, thread)
-        self.keys = KeyStore(engine, thread)
-        self.usage = UsageStore(engine, thread)
-        self.audit = AuditStore(engine, thread)
-        self.access_tokens = AccessTokenStore(engine, thread)
-        self.checkpoint_queries = CheckpointQueries(engine, thread)
-        self.session_queries = SessionQueries(engine, thread)
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self.keys = KeyStore(database)
+        self.usage = UsageStore(database)
+        self.audit = AuditStore(database)
+        self.access_tokens = AccessTokenStore(database)
+        self.checkpoint_queries = CheckpointQueries(database)
+        self.checkpoint_saves = CheckpointSaves(database)
+        self.session_queries = SessionQueries(database)
+        self.servers = ServerStore(database)
 
     @classmethod
-    async def open(cls, url: str) -> ControlStore:
-        """Open, and create or upgrade, the database at an SQLAlchemy URL such as ``sqlite:////data/control.sqlite3``.
+    async def open(cls, url: str, server_id: str | None = None) -> ControlStore:
+        """Open, and create or upgrade, the database at a URL such as ``sqlite:////data/control.sqlite3``.
 
+        A server names itself, and then looks after its own records only; None is somebody who makes no difference.
         Raises `ConfigurationError` if it cannot be opened or was written by newer code.
         """
-        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="control-store")
-        try:
-            engine = await asyncio.get_running_loop().run_in_executor(thread, open_database, url)
-        except BaseException:
-            thread.shutdown(wait=False)
-            raise
-        return cls(engine, thread)
+        return cls(await Database.open(url, server_id))
+
+    def of_server(self, server_id: str) -> ControlStore:
+        """The same store as a server has it, which looks after its own records only."""
+        return ControlStore(attrs.evolve(self._database, server_id=server_id))
 
     async def close(self) -> None:
         """Finish what is running and close the database; the store cannot be used afterwards."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
-        self._thread.shutdown()
+        await self._database.close()
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
     async def add_session(self, record: SessionRecord) -> None:
         """Keep a new session."""
-        await self._insert(sessions, record)
+        await self._insert(sessions, attrs.evolve(record, server_id=self.server_id))
 
     async def get_session(self, session_id: str) -> SessionRecord | None:
         """A session, or None."""
@@ -122,7 +123,7 @@ class ControlStore(Rows):
     async def put_checkpoint(self, record: CheckpointRecord, overwrite: bool) -> None:
         """Keep a checkpoint; raises `CheckpointExistsError` if its path is taken and ``overwrite`` is false."""
         path = str(record.path)
-        row = {**self._row(record), "run_id": record.path.run_id}
+        row = {**self._row(record), "run_id": record.path.run_id, "server_id": self.server_id}
 
         def work(connection: sa.Connection) -> None:
             if overwrite:
@@ -152,8 +153,9 @@ class ControlStore(Rows):
         return (await self._list(checkpoints, CheckpointRecord, conditions, None, 0))[0]
 
     async def list_expired_checkpoints(self, now: datetime) -> list[CheckpointRecord]:
-        """Everybody's checkpoints whose time is over."""
-        return (await self._list(checkpoints, CheckpointRecord, [checkpoints.c.expires_at <= now], None, 0))[0]
+        """Everybody's checkpoints, of those that this server looks after, whose time is over."""
+        conditions = [checkpoints.c.expires_at <= now, self._looked_after(checkpoints.c.server_id)]
+        return (await self._list(checkpoints, CheckpointRecord, conditions, None, 0))[0]
 
     async def set_checkpoint_expiry(self, path: TinkerPath, expires_at: datetime | None) -> None:
         """Set when a checkpoint may be removed, None for never. Raises `UnknownCheckpointError`."""

@@ -1,69 +1,180 @@
-"""Opens the control database and brings its schema up to date."""
+"""Opens the control database: an up-to-date schema, and who may talk to it how."""
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
-from pathlib import Path
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
+import attrs
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from tinker_core.errors import ConfigurationError
+from tinker_core.storage.addresses import database_url, parse_url, shown
+from tinker_core.storage.columns import to_json
+from tinker_core.storage.schema import migrate, present_revision
+from tinker_core.storage.tables import metadata
+from tinker_core.storage.transactions import run_transaction, words_of
 
-_MIGRATIONS = Path(__file__).parent / "migrations"
+__all__ = ["Database", "database_url", "look_at_database", "open_database"]
+
+_T = TypeVar("_T")
+
 _BUSY_MILLISECONDS = 10_000
-"""How long a transaction waits for another process's."""
+"""How long an SQLite transaction waits for another process's."""
+_READERS = 3
+"""Connections to Postgres on which records are read, beside the one on which they are written."""
+_POSTGRES_SETTINGS = {
+    "statement_timeout": "30s",
+    "lock_timeout": "10s",
+    "idle_in_transaction_session_timeout": "60s",
+    "timezone": "UTC",
+}
+_POSTGRES_CONNECTION = {
+    "application_name": "tinker-server",
+    "connect_timeout": 5,
+    # A database host that vanished without a word is given up after ten seconds instead of two hours.
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+"""What the URL's own options, such as ``?connect_timeout=20``, take the place of."""
 
 
-def database_url(data_dir: Path) -> str:
-    """Where a data directory keeps its control database."""
-    return f"sqlite:///{data_dir / 'control.sqlite'}"
+@attrs.frozen(kw_only=True)
+class Database:
+    """An open control database and the threads that talk to it.
+
+    All that may write runs one after the other on one thread: a server never gets in its own way, and what it wrote
+    keeps its order. With SQLite all that reads runs there as well. With Postgres reading has threads of its own, for
+    there every statement waits for a network, and transactions are serializable: what one of them has read is still
+    true when it writes, whatever other servers do. One that would break that is rolled back, and done again alone.
+    """
+
+    writing: sa.Engine
+    reading: sa.Engine
+    writer: ThreadPoolExecutor
+    readers: ThreadPoolExecutor
+    server_id: str | None = None
+    """The server that asks, which looks after its own records only; None is somebody who makes no difference."""
+    alone: str | None = None
+    """What to say first to keep all other servers from writing until the transaction ends."""
+
+    @classmethod
+    async def open(cls, url: str, server_id: str | None = None) -> Database:
+        """Open the database at a URL; raises `ConfigurationError` like `open_database`."""
+        writer = _threads("control-store", 1)
+        try:
+            engine = await asyncio.get_running_loop().run_in_executor(writer, open_database, url)
+        except BaseException:
+            writer.shutdown(wait=False)
+            raise
+        if engine.dialect.name == "sqlite":
+            return cls(writing=engine, reading=engine, writer=writer, readers=writer, server_id=server_id)
+        return cls(
+            server_id=server_id,
+            writing=engine.execution_options(isolation_level="SERIALIZABLE"),
+            reading=engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True),
+            writer=writer,
+            readers=_threads("control-reader", _READERS),
+            # Unlike a query, this is no part of what a transaction has seen: it sees what is there once it has begun.
+            alone=f"LOCK TABLE {', '.join(metadata.tables)} IN SHARE ROW EXCLUSIVE MODE",
+        )
+
+    async def write(self, work: Callable[[sa.Connection], _T]) -> _T:
+        """Do some work in one transaction, after all other writing; see `run_transaction`."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.writer, run_transaction, self.writing, work, self.alone)
+
+    async def read(self, work: Callable[[sa.Connection], _T]) -> _T:
+        """Do some work that only reads, on one state of the database; see `run_transaction`."""
+        return await asyncio.get_running_loop().run_in_executor(self.readers, run_transaction, self.reading, work)
+
+    async def close(self) -> None:
+        """Finish what is running and close all connections."""
+        await asyncio.to_thread(self.readers.shutdown)
+        await asyncio.to_thread(self.writer.shutdown)
+        await asyncio.to_thread(self.writing.dispose)
+
+
+def _threads(name: str, number: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=number, thread_name_prefix=name)
 
 
 def open_database(url: str) -> sa.Engine:
-    """An engine on an up-to-date database, which is created if it does not exist.
+    """An engine on an up-to-date database, which is created if it is an SQLite file that does not exist.
 
-    Raises `ConfigurationError` for a URL that cannot be opened and for a database that newer code has written.
+    Raises `ConfigurationError` for a URL that cannot be used, for a database that cannot be opened, and for one that
+    newer code has written.
     """
+    address = parse_url(url)
+    engine = _make_engine(address)
+    # Who waited for another server's migrations must see them: an isolated transaction would not.
+    migrating = engine if _is_sqlite(address) else engine.execution_options(isolation_level="READ COMMITTED")
     try:
-        engine = sa.create_engine(url, hide_parameters=True)
-    except (sa.exc.ArgumentError, ImportError) as error:
-        raise ConfigurationError(f"control database URL {url!r} cannot be used: {error}") from error
-    if engine.dialect.name == "sqlite":
-        sa.event.listen(engine, "connect", _set_up_sqlite)
-        sa.event.listen(engine, "begin", _begin_sqlite)
-    try:
-        with engine.begin() as connection:
+        with migrating.begin() as connection:
             migrate(connection)
     except sa.exc.SQLAlchemyError as error:
         engine.dispose()
+        hint = "its directory exists and is writable" if _is_sqlite(address) else "it runs and lets this user in"
         raise ConfigurationError(
-            f"control database {url!r} cannot be opened: {error}; check that its directory exists and is writable"
+            f"control database {shown(address)!r} cannot be opened: {words_of(error)}; check that {hint}"
         ) from error
-    except ConfigurationError:
+    except BaseException:
         engine.dispose()
         raise
     return engine
 
 
-def migrate(connection: sa.Connection) -> None:
-    """Run the migrations that a database lacks, all of them or none, inside the caller's transaction."""
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-    config.attributes["connection"] = connection
-    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-    present = set(MigrationContext.configure(connection).get_current_heads())
-    if not present <= known:
+def look_at_database(url: str) -> str | None:
+    """The revision of a database's schema, which is not changed; None for an empty one.
+
+    Raises `ConfigurationError` for a URL that cannot be used and for a database that cannot be opened.
+    """
+    address = parse_url(url)
+    engine = _make_engine(address)
+    try:
+        with engine.connect() as connection:
+            return present_revision(connection)
+    except sa.exc.SQLAlchemyError as error:
+        raise ConfigurationError(f"control database {shown(address)!r} cannot be opened: {words_of(error)}") from error
+    finally:
+        engine.dispose()
+
+
+def _is_sqlite(address: sa.URL) -> bool:
+    return address.get_backend_name() == "sqlite"
+
+
+def _make_engine(address: sa.URL) -> sa.Engine:
+    options: dict[str, Any] = {"hide_parameters": True, "json_serializer": to_json}
+    if not _is_sqlite(address):
+        # Connections are tried before each use: after a restart of the database the first to notice is nobody's work.
+        options |= {"pool_size": _READERS + 1, "max_overflow": 0, "pool_pre_ping": True}
+        options["connect_args"] = _postgres_arguments(address)
+    try:
+        engine = sa.create_engine(address, **options)
+    except ImportError as error:
         raise ConfigurationError(
-            f"the control database has schema {', '.join(sorted(present - known))}, which this version does not know; "
-            "a newer tinker-server wrote it: upgrade tinker-core, or choose another data directory"
-        )
-    command.upgrade(config, "head")
+            f"control database {shown(address)!r} needs a driver that is not installed; "
+            "run pip install 'tinker-core[postgres]'"
+        ) from error
+    if _is_sqlite(address):
+        sa.event.listen(engine, "connect", _set_up_sqlite)
+        sa.event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _postgres_arguments(address: sa.URL) -> dict[str, Any]:
+    own = {name: value for name, value in _POSTGRES_CONNECTION.items() if name not in address.query}
+    given = address.query.get("options", ())
+    settings = [f"-c {name}={value}" for name, value in _POSTGRES_SETTINGS.items()]
+    return {**own, "options": " ".join([*settings, *([given] if isinstance(given, str) else given)])}
 
 
 def _set_up_sqlite(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:

@@ -22,13 +22,13 @@ class KeyStore(Rows):
     async def list(self) -> list[ApiKeyRecord]:
         """All keys, oldest first."""
         query = sa.select(api_keys).order_by(api_keys.c.number)
-        rows = await self._run(lambda connection: list(connection.execute(query).mappings()))
+        rows = await self._read(lambda connection: list(connection.execute(query).mappings()))
         return [self._record(row, ApiKeyRecord) for row in rows]
 
     async def number_of(self, key_id: str) -> int:
         """The key's place in the order of creation, which never changes. Raises `UnknownKeyError`."""
         query = sa.select(api_keys.c.number).where(api_keys.c.key_id == key_id)
-        number = await self._run(lambda connection: connection.execute(query).scalar())
+        number = await self._read(lambda connection: connection.execute(query).scalar())
         if number is None:
             raise UnknownKeyError(key_id)
         return int(number)

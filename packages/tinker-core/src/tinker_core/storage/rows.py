@@ -2,48 +2,47 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
 from tinker_core.encoding import make_converter
-from tinker_core.errors import StorageError
+from tinker_core.storage.database import Database
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
 class Rows:
-    """Runs SQL, one transaction at a time, on a thread that all stores of one database share.
+    """Runs SQL on the threads that all stores of one database share.
 
-    Every method raises `StorageError` when the database itself fails.
+    Every method raises `StorageError` when the database itself fails, `DatabaseUnavailableError` when it cannot be
+    reached, and `InvalidRequestError` for text that no database can hold.
     """
 
-    def __init__(self, engine: sa.Engine, thread: ThreadPoolExecutor) -> None:
-        self._engine = engine
-        self._thread = thread
+    def __init__(self, database: Database) -> None:
+        self._database = database
         self._converter = make_converter()
         self._converter.register_structure_hook(datetime, lambda value, _: value)
 
     async def _run(self, work: Callable[[sa.Connection], _T]) -> _T:
-        """Do some work in one transaction on the store's thread."""
+        """Do some work in one transaction that may write."""
+        return await self._database.write(work)
 
-        def transaction() -> _T:
-            try:
-                with self._engine.begin() as connection:
-                    return work(connection)
-            except sa.exc.SQLAlchemyError as error:
-                # The driver's own words only: the statement and its values are for the log, not for the caller.
-                reason = str(error.orig) if isinstance(error, sa.exc.StatementError) else type(error).__name__
-                raise StorageError(
-                    f"the control database failed: {reason}; check free space and permissions of the data directory"
-                ) from error
+    async def _read(self, work: Callable[[sa.Connection], _T]) -> _T:
+        """Do some work that only reads."""
+        return await self._database.read(work)
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, transaction)
+    @property
+    def server_id(self) -> str | None:
+        """The server that looks after its own records here."""
+        return self._database.server_id
+
+    def _looked_after(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+        """Whether a row is this server's to look after."""
+        return sa.true() if self.server_id is None else sa.or_(column.is_(None), column == self.server_id)
 
     def _row(self, record: object) -> dict[str, Any]:
         row: dict[str, Any] = self._converter.unstructure(record)
@@ -63,12 +62,12 @@ class Rows:
 
     async def _get(self, column: sa.Column[Any], value: str, cls: type[_R]) -> _R | None:
         query = sa.select(column.table).where(column == value)
-        row = await self._run(lambda connection: connection.execute(query).mappings().first())
+        row = await self._read(lambda connection: connection.execute(query).mappings().first())
         return None if row is None else self._record(row, cls)
 
     async def _ids(self, column: sa.Column[Any], condition: sa.ColumnElement[bool]) -> list[str]:
         query = sa.select(column).where(condition).order_by(column.table.c.number)
-        return await self._run(lambda connection: list(connection.execute(query).scalars()))
+        return await self._read(lambda connection: list(connection.execute(query).scalars()))
 
     async def _list(
         self,
@@ -85,5 +84,5 @@ class Rows:
         def work(connection: sa.Connection) -> tuple[list[sa.RowMapping], int]:
             return list(connection.execute(page).mappings()), connection.execute(count).scalar_one()
 
-        rows, total = await self._run(work)
+        rows, total = await self._read(work)
         return [self._record(row, cls) for row in rows], total

@@ -30,29 +30,32 @@ class SessionQueries(Rows):
     ) -> list[SessionRecord]:
         """At most ``limit`` sessions, newest first; ``after`` is creation time and id of the last one already known.
 
-        ``matches`` runs on the store's thread.
+        ``matches`` runs on a thread of the store's.
         """
         conditions = [sessions.c.owner == owner]
         if session_id is not None:
             conditions.append(sessions.c.session_id == session_id)
         if project_ids is not None:
             conditions.append(sessions.c.project_id.in_(project_ids))
-        if after is not None:
-            conditions.append(sa.tuple_(sessions.c.created_at, sessions.c.session_id) < sa.tuple_(*_bound(after)))
         newest_first = (sessions.c.created_at.desc(), sessions.c.session_id.desc())
-        query = sa.select(sessions).where(*conditions).order_by(*newest_first)
+        query = sa.select(sessions).where(*conditions).order_by(*newest_first).limit(_SCAN)
 
         def work(connection: sa.Connection) -> list[SessionRecord]:
             found: list[SessionRecord] = []
-            for row in connection.execute(query.execution_options(yield_per=_SCAN)).mappings():
-                record = self._record(row, SessionRecord)
-                if matches(record):
-                    found.append(record)
-                    if len(found) == limit:
-                        break
-            return found
+            last = after
+            while True:
+                rows = connection.execute(query if last is None else query.where(_beyond(last))).mappings().all()
+                for row in rows:
+                    record = self._record(row, SessionRecord)
+                    last = (record.created_at, record.session_id)
+                    if matches(record):
+                        found.append(record)
+                        if len(found) == limit:
+                            return found
+                if len(rows) < _SCAN:
+                    return found
 
-        return await self._run(work)
+        return await self._read(work)
 
     async def saved(self, session_ids: list[str]) -> dict[str, tuple[int, int]]:
         """Number and bytes of the checkpoints of sessions that have any."""
@@ -63,7 +66,7 @@ class SessionQueries(Rows):
             .where(training_runs.c.session_id.in_(session_ids))
             .group_by(training_runs.c.session_id)
         )
-        rows = await self._run(lambda connection: list(connection.execute(query)))
+        rows = await self._read(lambda connection: list(connection.execute(query)))
         return {session_id: (int(number), int(size)) for session_id, number, size in rows}
 
     async def set_project(self, session_id: str, project_id: str) -> None:
@@ -74,8 +77,8 @@ class SessionQueries(Rows):
             for table, condition in (
                 (sessions, sessions.c.session_id == session_id),
                 (training_runs, training_runs.c.session_id == session_id),
-                (samplers, samplers.c.session_id == session_id),
                 (checkpoints, checkpoints.c.run_id.in_(runs)),
+                (samplers, samplers.c.session_id == session_id),
             )
         ]
 
@@ -86,9 +89,7 @@ class SessionQueries(Rows):
         await self._run(work)
 
 
-def _bound(after: tuple[datetime, str]) -> tuple[sa.ColumnElement[object], sa.ColumnElement[object]]:
+def _beyond(after: tuple[datetime, str]) -> sa.ColumnElement[bool]:
     created_at, session_id = after
-    return (
-        sa.bindparam("after_time", created_at, type_=sessions.c.created_at.type, unique=True),
-        sa.bindparam("after_id", session_id, type_=sessions.c.session_id.type, unique=True),
-    )
+    place = (sa.literal(created_at, sessions.c.created_at.type), sa.literal(session_id, sessions.c.session_id.type))
+    return sa.tuple_(sessions.c.created_at, sessions.c.session_id) < sa.tuple_(*place)

@@ -36,7 +36,7 @@ class UsageStore(Rows):
         if owner is not None:
             conditions.append(usage.c.owner == owner)
         query = sa.select(usage).where(*conditions).order_by(usage.c.starts_at, usage.c.number)
-        rows = await self._run(lambda connection: list(connection.execute(query).mappings()))
+        rows = await self._read(lambda connection: list(connection.execute(query).mappings()))
         return [self._usage(row) for row in rows]
 
     def _usage(self, row: sa.RowMapping) -> UsageRecord:

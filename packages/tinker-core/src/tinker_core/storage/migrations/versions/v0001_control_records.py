@@ -16,6 +16,8 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
+_NUMBER = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
 
 def _text(name: str, *, nullable: bool = False) -> sa.Column[Any]:
     return sa.Column(name, sa.String(), nullable=nullable)
@@ -32,7 +34,7 @@ def _json(name: str, *, nullable: bool = False) -> sa.Column[Any]:
 def _create(table: str, unique: str, indexed: tuple[str, ...], *columns: sa.Column[Any]) -> None:
     op.create_table(
         table,
-        sa.Column("number", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("number", _NUMBER, autoincrement=True, nullable=False),
         *columns,
         _text("owner"),
         _text("project_id", nullable=True),

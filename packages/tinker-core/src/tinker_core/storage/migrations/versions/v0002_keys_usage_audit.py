@@ -12,6 +12,8 @@ down_revision = "0001"
 branch_labels = None
 depends_on = None
 
+_NUMBER = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
 
 def _text(name: str, *, nullable: bool = False) -> sa.Column[Any]:
     return sa.Column(name, sa.String(), nullable=nullable)
@@ -24,7 +26,7 @@ def _time(name: str, *, nullable: bool = False) -> sa.Column[Any]:
 def _create(table: str, unique: tuple[str, ...], indexed: tuple[str, ...], *columns: sa.Column[Any]) -> None:
     op.create_table(
         table,
-        sa.Column("number", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("number", _NUMBER, autoincrement=True, nullable=False),
         *columns,
         _text("owner"),
         _text("project_id", nullable=True),

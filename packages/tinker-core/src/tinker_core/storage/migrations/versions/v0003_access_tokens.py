@@ -15,7 +15,7 @@ def upgrade() -> None:
     """Create the table and the index."""
     op.create_table(
         "access_tokens",
-        sa.Column("number", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("number", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("token_id", sa.String(), nullable=False),
         sa.Column("token_hash", sa.String(), nullable=False),
         sa.Column("path", sa.String(), nullable=False),
