@@ -41,6 +41,21 @@ class SessionFinishedError(UserError):
         super().__init__(f"session {session_id!r} is finished; create a new session for new work")
 
 
+class ForeignSessionError(UserError):
+    """Work for a session that was opened at another server, which shares this one's control database."""
+
+    def __init__(self, session_id: str, server_id: str) -> None:
+        super().__init__(
+            f"session {session_id!r} belongs to another server ({server_id}) that shares this one's records; "
+            "go on at that server, or create a new session"
+        )
+        self.session_id = session_id
+        self.server_id = server_id
+
+    def __reduce__(self) -> tuple[type[ForeignSessionError], tuple[str, str]]:
+        return type(self), (self.session_id, self.server_id)
+
+
 class UnknownModelError(UserError, LookupError):
     """A model id that does not exist, or whose session is finished."""
 
@@ -70,20 +85,18 @@ class ResultGoneError(UserError):
         super().__init__(f"the result of request {request_id!r} is gone; send the request again")
 
 
-class StaleCursorError(UserError):
-    """The cursor of a server process that has ended, with the samples that it had in progress."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "the server was restarted and lost its samples in progress; create a new sampling client and sample again"
-        )
-
-
 class CancelledRequestError(UserError):
     """A request that its own client cancelled."""
 
     def __init__(self, request_id: str) -> None:
         super().__init__(f"request {request_id!r} was cancelled by its client")
+
+
+class UnseenClientError(UserError):
+    """A sample that had not begun when its client had given no sign of life for long."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(f"the sample was dropped before it began: {detail}; sample again")
 
 
 class UnknownSamplerError(UserError, LookupError):
@@ -100,14 +113,26 @@ class UnknownCheckpointError(UserError, LookupError):
         super().__init__(f"no checkpoint {path!r}; list the saved ones with list_user_checkpoints")
 
 
-class LostWeightsError(UserError, LookupError):
-    """Ephemeral sampler weights that ended with the worker process that held them."""
+class ForeignCheckpointError(UserError):
+    """A checkpoint whose files another server has, which shares this one's control database."""
 
-    def __init__(self, sampling_session_id: str) -> None:
+    def __init__(self, path: str, server_id: str) -> None:
         super().__init__(
-            f"the weights of sampling session {sampling_session_id!r} are gone: they were not saved under a name, "
-            "and their process has ended; save the weights again"
+            f"the files of checkpoint {path!r} are with another server ({server_id}) that shares this one's records; "
+            "use it there, or have both servers use one --checkpoint-store"
         )
+        self.path = path
+        self.server_id = server_id
+
+    def __reduce__(self) -> tuple[type[ForeignCheckpointError], tuple[str, str]]:
+        return type(self), (self.path, self.server_id)
+
+
+class LostWeightsError(UserError, LookupError):
+    """Sampler weights that cannot be had any more; names the cause."""
+
+    def __init__(self, name: str, cause: str) -> None:
+        super().__init__(f"the sampler weights {name!r} are gone: {cause}; save the weights again")
 
 
 class UnknownKeyError(UserError, LookupError):
@@ -248,8 +273,29 @@ class WorkerLostError(TinkerError):
     """A worker process of a base model died; its models and requests are gone."""
 
 
+class ModelLostError(TinkerError):
+    """A model that could not be brought back after its workers were gone; names the cause."""
+
+    def __init__(self, model_id: str, reason: str) -> None:
+        self.model_id = model_id
+        self.reason = reason
+        super().__init__(
+            f"model {model_id!r} could not be brought back: {reason}; load a saved checkpoint into a new one"
+        )
+
+    def __reduce__(self) -> tuple[type[ModelLostError], tuple[str, str]]:
+        return type(self), (self.model_id, self.reason)
+
+
 class StorageError(TinkerError):
     """A checkpoint or a control record could not be written, read or removed; the message carries the cause."""
+
+
+class DatabaseUnavailableError(StorageError):
+    """The control database cannot be reached; what needs it succeeds again as soon as it is back."""
+
+    def __init__(self) -> None:
+        super().__init__("the control database cannot be reached at the moment; try again")
 
 
 class JournalFullError(TinkerError):

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Self
 
 from tinker_core.engine.audit import AuditLog
+from tinker_core.engine.backlog import LoadBounds
 from tinker_core.engine.clock import Clock
 from tinker_core.engine.keyring import KeyRing
 from tinker_core.engine.limits import KeyLimiter
@@ -19,11 +20,13 @@ from tinker_core.types import CheckpointRecord, SessionRecord, UsageRecord
 class Accounts:
     """The parts, made and opened together. An async context manager, to be left before the database is closed."""
 
-    def __init__(self, control: ControlStore, clock: Clock, can_progress: Callable[[str], bool]) -> None:
+    def __init__(
+        self, control: ControlStore, clock: Clock, can_progress: Callable[[str], bool], bounds: LoadBounds
+    ) -> None:
         self.audit = AuditLog(control.audit, clock)
         self.usage = UsageLedger(control.usage, clock)
         self.keys = KeyRing(control.keys, clock, self.audit)
-        self.limiter = KeyLimiter(clock, can_progress)
+        self.limiter = KeyLimiter(clock, can_progress, bounds)
         self._control = control
         self._clock = clock
         self._stack = AsyncExitStack()

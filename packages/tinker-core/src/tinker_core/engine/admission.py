@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections import defaultdict
 
 import attrs
@@ -45,7 +44,7 @@ class Admission:
         self._told.pop(session_id, None)
 
     def create_custom_loss(self, request: CreateCustomLossInput) -> CreateCustomLossOutput:
-        """Keep a loss for its session, under an id that cannot be guessed.
+        """Keep a loss for its session, under the id that was drawn for it.
 
         Raises `InvalidCustomLossError`, or `CapacityError` when the session has too many.
         """
@@ -53,9 +52,9 @@ class Admission:
         losses = self._losses[request.session_id]
         if len(losses) >= MAX_LOSSES:
             raise CapacityError(f"this session has {MAX_LOSSES} custom losses; reuse them, or open another session")
-        loss_id = f"loss-{secrets.token_urlsafe(16)}"
-        losses[loss_id] = request.loss
-        return CreateCustomLossOutput(loss_id=loss_id)
+        assert request.loss_id is not None
+        losses[request.loss_id] = request.loss
+        return CreateCustomLossOutput(loss_id=request.loss_id)
 
     def check_model(self, run: TrainingRunRecord, base: BaseModel) -> None:
         """Raise `UnsupportedFeatureError` for an optimizer that the trainer does not have."""

@@ -1,40 +1,35 @@
-"""One base model: its worker group, its queue, and the loop that feeds the one from the other."""
+"""One base model: its workers, its queue, its models, and the loop that feeds the ones from the other."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 from tinker_core.engine.clock import Clock
 from tinker_core.engine.config import EngineConfig
-from tinker_core.engine.group_sampler import GroupSampler
 from tinker_core.engine.interruption import to_its_end
-from tinker_core.engine.probe import probe_sampling, probe_training
+from tinker_core.engine.payloads import Payloads
+from tinker_core.engine.registry import Registry
+from tinker_core.engine.residence import Residence
 from tinker_core.engine.revisions import Revisions
+from tinker_core.engine.snapshots import SnapshotFiles
 from tinker_core.engine.usage import Metered
-from tinker_core.errors import (
-    ConfigurationError,
-    TinkerError,
-    UnknownModelError,
-    UnsupportedFeatureError,
-    WorkerLostError,
-)
+from tinker_core.engine.workers import Workers, trainer_plugin
+from tinker_core.errors import CapacityError, TinkerError, UnknownModelError, UnsupportedFeatureError, WorkerLostError
 from tinker_core.executors.protocol import GroupCapabilities
 from tinker_core.executors.rank_loop import describe_error
-from tinker_core.interfaces import Sampler, SamplerContext, SamplerPlugin, TrainerPlugin, WorkerGroup, WorkerGroupSpec
+from tinker_core.interfaces import Sampler, WorkerGroup
 from tinker_core.plugins import Plugins
 from tinker_core.scheduler import QueuedRequest, Scheduler, Work
 from tinker_core.storage.checkpoints import safe_directory_name
+from tinker_core.storage.journal import Journal, ModelRow
 from tinker_core.types import (
     BaseModelSpec,
     Caller,
     Datum,
     EngineOutput,
-    Placement,
+    RequestType,
     SampleInput,
     SamplerRecord,
     TinkerPath,
@@ -43,16 +38,32 @@ from tinker_core.types import (
 
 log = logging.getLogger(__name__)
 
-Execute = Callable[["BaseModel", Work], Any]
-"""Async: runs one piece of work and resolves the futures of its requests."""
+Execute = Callable[["BaseModel", Work], Awaitable[None]]
+"""Runs one piece of work and settles its requests; raises `WorkerLostError` and then leaves those that are not."""
 Resolve = Callable[[str, EngineOutput], None]
+
+_FIRST_STARTS = 3
+"""How often workers may die while they start for the first time, before that is taken for what always happens."""
+_STORING = (
+    RequestType.SAVE_WEIGHTS,
+    RequestType.SAVE_WEIGHTS_FOR_SAMPLER,
+    RequestType.SAVE_WEIGHTS_EXTERNAL,
+    RequestType.LOAD_WEIGHTS,
+)
+"""Requests that move files: other models need not wait for them."""
+_RESTART_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Pauses before workers that ran once, and do not come up again, are started anew; the last one repeats."""
 
 
 class BaseModel:
     """Starts and restarts the workers of a base model, and runs its requests in order.
 
-    When a worker dies, its models are gone: their requests fail with `WorkerLostError`, and fresh workers start.
+    When a worker dies, fresh ones start, and what was in its memory is brought back: see `Residence`.
     """
+
+    recovery_seconds = 0.0
+    """From the last loss of the workers until others were ready."""
+    _lost_at: float | None = None
 
     def __init__(
         self,
@@ -61,66 +72,86 @@ class BaseModel:
         plugins: Plugins,
         clock: Clock,
         *,
+        journal: Journal,
+        files: SnapshotFiles,
+        payloads: Payloads,
+        registry: Registry,
         execute: Execute,
         resolve: Resolve,
+        on_idle: Callable[[], None],
     ) -> None:
         self.spec = spec
-        self.scheduler = Scheduler(token_budget=config.pass_tokens)
+        self.scheduler = Scheduler(
+            token_budget=config.pass_tokens, max_models_per_work=1 if config.deterministic else config.max_resident
+        )
         self.state = "starting"
+        self.num_restarts = 0
+        """How often workers died and were started again."""
         self._config = config
         self._plugins = plugins
         self._clock = clock
         self._execute = execute
         self._resolve = resolve
-        self._trainer = self._trainer_plugin()
+        self._on_idle = on_idle
+        self._trainer = trainer_plugin(config, plugins)
         self._wake = asyncio.Event()
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._group: WorkerGroup | None = None
-        self._capabilities: GroupCapabilities | None = None
-        self._sampler: Sampler | None = None
-        self._revisions: Revisions | None = None
-        self.resident_models: set[str] = set()
-        self._lost_models: dict[str, str] = {}
-        """Why models that died with their workers are gone."""
+        self._was_ready = False
+        self._workers: Workers | None = None
+        self._running: Work | None = None
+        self._aside: dict[asyncio.Task[None], Work] = {}
+        """Work that others do not wait for."""
+        self._unfinished: list[QueuedRequest] = []
+        """Of work beside the rest under which the workers died."""
+        self.revisions = Revisions(config.data_dir / "revisions" / safe_directory_name(spec.name))
+        """The sampler's revisions; they outlive the workers."""
+        self.residence = Residence(
+            config,
+            scheduler=self.scheduler,
+            journal=journal,
+            files=files,
+            payloads=payloads,
+            registry=registry,
+            revisions=self.revisions,
+            clock=clock,
+            wake=self._wake.set,
+            resolve=resolve,
+        )
+        """Where the models are."""
 
     # --- what is there, once started ----------------------------------------------------------------------------------
 
     async def wait_started(self) -> None:
-        """Return when the workers run; raises why they do not."""
+        """Return when the workers run, also again after a loss; raises why they do not."""
         await asyncio.shield(self._started)
 
     @property
     def group(self) -> WorkerGroup:
         """The running workers."""
-        if self._group is None:
-            raise WorkerLostError(f"the workers of base model {self.spec.name!r} are not running: {self.state}")
-        return self._group
+        return self._present().group
 
     @property
     def capabilities(self) -> GroupCapabilities:
         """What the workers offer."""
-        if self._capabilities is None:
-            raise WorkerLostError(f"the workers of base model {self.spec.name!r} are not running: {self.state}")
-        return self._capabilities
+        return self._present().capabilities
 
     @property
     def sampler(self) -> Sampler:
         """The sampler of this base model."""
-        if self._sampler is None:
+        sampler = None if self._workers is None else self._workers.sampler
+        if sampler is None:
             raise self._no_sampler()
-        return self._sampler
+        return sampler
 
     @property
     def has_sampler(self) -> bool:
         """Whether a sampler is running."""
-        return self._sampler is not None
+        return self._workers is not None and self._workers.sampler is not None
 
-    @property
-    def revisions(self) -> Revisions:
-        """The sampler's revisions."""
-        if self._revisions is None:
-            raise self._no_sampler()
-        return self._revisions
+    def _present(self) -> Workers:
+        if self._workers is None:
+            raise WorkerLostError(f"the workers of base model {self.spec.name!r} are not running: {self.state}")
+        return self._workers
 
     def _no_sampler(self) -> TinkerError:
         if self._config.sampler is None:
@@ -130,9 +161,10 @@ class BaseModel:
     @property
     def shares_process(self) -> bool:
         """Whether the sampler can copy live weights without any transport."""
-        if self._sampler is None or self._capabilities is None:
+        workers = self._workers
+        if workers is None or workers.sampler is None:
             return False
-        both = set(self._sampler.capabilities().transports) & set(self._capabilities.trainer.transports)
+        both = set(workers.sampler.capabilities().transports) & set(workers.capabilities.trainer.transports)
         return Transport.IN_PROCESS in both
 
     def count_tokens(self, data: tuple[Datum, ...]) -> int:
@@ -147,8 +179,8 @@ class BaseModel:
         except TinkerError:
             prompt = 0
         bounds = [] if request.sampling_params.max_tokens is None else [request.sampling_params.max_tokens]
-        if self._capabilities is not None:  # else the workers still start, and nobody knows
-            bounds.append(max(0, self._capabilities.trainer.max_context_length - prompt))
+        if self._workers is not None:  # else the workers still start, and nobody knows
+            bounds.append(max(0, self._workers.capabilities.trainer.max_context_length - prompt))
         generated = min(bounds, default=0)
         return Metered(
             caller=caller,
@@ -156,28 +188,45 @@ class BaseModel:
             num_tokens=prompt,
             max_tokens=prompt + request.num_samples * generated,
             session_id=record.session_id,
-            run_id=_run_of(record),
+            run_id=self.run_of(record),
             project_id=record.project_id,
         )
 
+    @staticmethod
+    def run_of(record: SamplerRecord) -> str | None:
+        """The run whose weights a sampling session serves; None for a bare base model."""
+        if record.model_path is not None:
+            return TinkerPath.parse(record.model_path).run_id
+        return record.revision.rpartition("@")[0] if record.revision is not None else None
+
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    def add_model(self, model_id: str) -> None:
-        """Open the queue of a new model; raises `WorkerLostError` when the workers could not be started."""
+    def add_model(self, model_id: str, owner: str) -> None:
+        """Open the queue of a new model; raises `CapacityError` or `WorkerLostError`, when the workers cannot start."""
         if self.state.startswith("failed"):
             raise WorkerLostError(f"base model {self.spec.name!r} is not available: {self.state}")
-        self.scheduler.add_model(model_id)
+        if len(self.scheduler.model_ids()) >= self._config.max_models:
+            raise CapacityError(
+                f"all {self._config.max_models} models of this server are in use; finish a session, or raise "
+                "--max-models"
+            )
+        self.scheduler.add_model(model_id, owner=owner)
+        self.residence.add(model_id)
 
-    def remove_model(self, model_id: str) -> None:
-        """Close the queue of a model; what waits in it fails."""
+    def restore_model(self, row: ModelRow, owner: str) -> None:
+        """Open the queue of a model that an earlier process left behind."""
+        self.scheduler.add_model(row.model_id, owner=owner, next_seq_id=row.next_seq_id)
+        self.residence.add(row.model_id, row)
+
+    async def remove_model(self, model_id: str, *, keep_weights: bool = False) -> None:
+        """Forget a model; what waits in its queue fails. Its published weights may stay for those who sample."""
         for request in self.scheduler.remove_model(model_id):
             self._resolve(request.request_id, describe_error(UnknownModelError(model_id)))
-        self.resident_models.discard(model_id)
+        await self.residence.remove(model_id, keep_weights=keep_weights)
 
     def submit(self, request: QueuedRequest) -> None:
-        """Queue a request and wake the loop; raises `WorkerLostError` for a model that died with its workers."""
-        if request.model_id in self._lost_models:
-            raise WorkerLostError(self._lost_models[request.model_id])
+        """Queue a request and wake the loop; raises `ModelLostError` for a model that cannot be brought back."""
+        self.residence.require(request.model_id)
         self.scheduler.submit(request, self._clock.monotonic())
         self._wake.set()
 
@@ -185,126 +234,130 @@ class BaseModel:
 
     async def run(self) -> None:
         """Start workers and feed them, for ever; returns when they cannot be started at all."""
+        failures = 0
         while True:
             try:
                 await self._start()
-                self._lose_models(await self._serve_until_lost())
+                failures = 0
+                reason = await self._serve_until_lost()
+                await self._finish_aside()
+                self._lose_workers(reason)
             except Exception as error:
                 if not isinstance(error, TinkerError):
                     log.exception("base model %r failed", self.spec.name)
-                self._fail(error)
-                return
+                failures += 1
+                if not self._was_ready and not (isinstance(error, WorkerLostError) and failures < _FIRST_STARTS):
+                    self._fail(error)
+                    return
+                await self._finish_aside()
+                self._lose_workers(str(error))
             finally:
                 await to_its_end(self._stop())  # no process may stay behind
+            await self._pause(failures)
 
     async def _start(self) -> None:
-        executors = self._plugins.executors()
-        if self._config.executor not in executors:
-            raise ConfigurationError(f"no plugin registers the executor {self._config.executor!r}")
-        plugin = self._sampler_plugin()
-        in_rank = plugin.name if plugin is not None and plugin.placement is Placement.WITH_TRAINER else None
-        self._group = await executors[self._config.executor].start(self._group_spec(in_rank))
-        assert self._group is not None
-        self._capabilities = await self._group.call("capabilities")
-        assert self._capabilities is not None
-        self._sampler = await self._start_sampler(plugin, self._group, self._capabilities)
-        if self.spec.trainable:
-            await probe_training(self._group, self._capabilities)
-        if self._sampler is not None:
-            await probe_sampling(self._sampler)
-            self._revisions = Revisions(self._sampler, await self._empty_spill_directory())
+        workers = await Workers.start(self.spec, self._config, self._plugins)
+        self._workers = workers
+        self.residence.attach(workers.group)
+        if workers.sampler is not None:
+            self.revisions.attach(workers.sampler)
         self.state = "ready"
+        self._was_ready = True
+        if self._lost_at is not None:
+            self.recovery_seconds = self._clock.monotonic() - self._lost_at
+        self._lost_at = None
         log.info("base model %r is ready", self.spec.name)
-        if not self._started.done():
-            self._started.set_result(None)
+        self._started.set_result(None)
 
-    async def _empty_spill_directory(self) -> Path:
-        """Spilled weights belong to revisions that ended with the process that made them."""
-        directory = self._config.data_dir / "spill" / safe_directory_name(self.spec.name)
-        if directory.exists():
-            await asyncio.to_thread(shutil.rmtree, directory)
-        return directory
+    async def _finish_aside(self, *, cancel: bool = False) -> None:
+        """Wait for the work beside the rest, which goes on without workers where it can."""
+        self.revisions.detach()
+        tasks = list(self._aside)
+        for task in tasks:
+            if cancel:
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _trainer_plugin(self) -> TrainerPlugin:
-        trainers = self._plugins.trainers()
-        if self._config.backend not in trainers:
-            known = ", ".join(sorted(trainers)) or "none"
-            raise ConfigurationError(f"no plugin registers the backend {self._config.backend!r}; known: {known}")
-        return trainers[self._config.backend]
-
-    def _sampler_plugin(self) -> SamplerPlugin | None:
-        if self._config.sampler is None or not self.spec.sampleable:
-            return None
-        samplers = self._plugins.samplers()
-        if self._config.sampler not in samplers:
-            known = ", ".join(sorted(samplers)) or "none"
-            raise ConfigurationError(f"no plugin registers the sampler {self._config.sampler!r}; known: {known}")
-        return samplers[self._config.sampler]
-
-    async def _start_sampler(
-        self, plugin: SamplerPlugin | None, group: WorkerGroup, capabilities: GroupCapabilities
-    ) -> Sampler | None:
-        if plugin is None:
-            return None
-        if plugin.placement is Placement.WITH_TRAINER:
-            assert capabilities.sampler is not None
-            return GroupSampler(group, capabilities.sampler)
-        if plugin.build is None:
-            raise ConfigurationError(f"sampler {plugin.name!r} registers no builder for placement {plugin.placement}")
-        sampler = plugin.build(
-            SamplerContext(
-                base_model=self.spec,
-                device=self._config.device,
-                dtype=self._config.dtype,
-                directory=str(self._config.data_dir / "sampler"),
-                max_revisions=self._config.max_revisions,
-                options=self._config.options,
-            )
-        )
-        await sampler.start()
-        return sampler
-
-    def _group_spec(self, sampler: str | None) -> WorkerGroupSpec:
-        config = self._config
-        return WorkerGroupSpec(
-            base_model=self.spec,
-            trainer=config.backend,
-            sampler=sampler,
-            plugins=config.plugins,
-            num_ranks=config.num_ranks,
-            device=config.device,
-            dtype=config.dtype,
-            micro_batch_tokens=config.micro_batch_tokens,
-            max_models=config.max_models,
-            max_lora_rank=config.max_lora_rank,
-            max_context_length=config.max_context_length,
-            max_revisions=config.max_revisions,
-            max_decode_batch=config.max_decode_batch,
-            options=dict(config.options),
-            environment=dict(config.worker_environment),
-        )
+    async def _pause(self, failures: int) -> None:
+        """Wait longer and longer before workers are started that did not come up."""
+        seconds = _RESTART_SECONDS[min(failures, len(_RESTART_SECONDS) - 1)]
+        if seconds:
+            log.error("base model %r: the workers are started again in %.0f seconds", self.spec.name, seconds)
+            await self._clock.wait(asyncio.Event(), self._clock.monotonic() + seconds)
 
     async def _serve_until_lost(self) -> str:
         lost = asyncio.create_task(self.group.wait_lost())
         lost.add_done_callback(lambda _: self._wake.set())
         try:
-            await self._feed(self.group)
-            return await lost
+            group = self.group
+            await self._feed(group)
+            return await lost if group.is_lost else "its workers did not answer"
         finally:
             lost.cancel()
 
     async def _feed(self, group: WorkerGroup) -> None:
         while not group.is_lost:
             self._wake.clear()
+            try:
+                await self.residence.tend()
+            except WorkerLostError:
+                return
             work = self.scheduler.next(self._clock.monotonic())
             self._log_skipped()
             if work is None:
-                await self._clock.wait(self._wake, self.scheduler.deadline())
+                self._on_idle()
+                await self._clock.wait(self._wake, _earlier(self.scheduler.deadline(), self.residence.deadline()))
                 continue
+            if not await self._run(work):
+                return
+
+    async def _run(self, work: Work) -> bool:
+        """Run some work, or begin it; False when the workers were lost under it, and it has to run again."""
+        self._running = work
+        try:
+            ready = await self.residence.prepare(work)
+            if work.requests[0].seq_id > 0 and work.requests[0].request_type in _STORING:
+                self._run_aside(work, ready)
+                self._running = None
+                return True
+            await self._work_on(ready)
+        except WorkerLostError as error:
+            log.warning("base model %r: %s", self.spec.name, error)
+            self.scheduler.finish(work, self._clock.monotonic())
+            return False
+        except BaseException:
+            self.scheduler.finish(work, self._clock.monotonic())
+            raise
+        self.scheduler.finish(work, self._clock.monotonic())
+        self._running = None
+        return True
+
+    async def _work_on(self, work: Work) -> None:
+        await self._execute(self, work)
+        await self.residence.finish_reverting(work)
+
+    def _run_aside(self, work: Work, ready: Work) -> None:
+        """Run work that mostly waits for a store: only its own model waits with it."""
+
+        async def run() -> None:
             try:
-                await self._execute(self, work)
+                await self._work_on(ready)
+            except WorkerLostError:
+                self._unfinished += work.requests
             finally:
                 self.scheduler.finish(work, self._clock.monotonic())
+
+        def end(task: asyncio.Task[None]) -> None:
+            del self._aside[task]
+            self.residence.note_end()
+            self._wake.set()
+            if not task.cancelled() and task.exception() is not None:
+                log.error("base model %r: work failed: %s", self.spec.name, work, exc_info=task.exception())
+
+        self.scheduler.step_aside(work)
+        task = asyncio.create_task(run())
+        self._aside[task] = work
+        task.add_done_callback(end)
 
     def _log_skipped(self) -> None:
         for gap in self.scheduler.take_skipped():
@@ -316,36 +369,33 @@ class BaseModel:
                 "deadline passed" if gap.timed_out else "a later request proves it",
             )
 
-    def _lose_models(self, reason: str) -> None:
+    def _lose_workers(self, reason: str) -> None:
         self.state = "starting"
-        for model_id in self.resident_models:
-            message = f"{reason}; its models are gone, load a saved checkpoint into a new one"
-            self._lost_models[model_id] = message
-            for request in self.scheduler.remove_model(model_id):
-                self._resolve(request.request_id, describe_error(WorkerLostError(message)))
-        self.resident_models.clear()
+        if self._started.done():
+            self._started = asyncio.get_running_loop().create_future()
+            self.num_restarts += 1
+            self._lost_at = self._clock.monotonic()
+            log.error("base model %r: %s; its models will be brought back", self.spec.name, reason)
+        running, self._running = self._running, None
+        unfinished, self._unfinished = self._unfinished, []
+        self.revisions.detach()
+        self.residence.detach([*unfinished, *(running.requests if running is not None else ())])
 
     def _fail(self, error: Exception) -> None:
+        """The workers cannot be started at all. What was accepted stays in the journal, for a server that can."""
         self.state = f"failed: {error}"
         log.error("base model %r cannot start: %s", self.spec.name, error)
         if not self._started.done():
             self._started.set_exception(error)
             self._started.exception()  # somebody may wait for it later, or nobody
-        for model_id in self.scheduler.model_ids():
-            for request in self.scheduler.remove_model(model_id):
-                self._resolve(request.request_id, describe_error(WorkerLostError(f"{self.spec.name!r}: {error}")))
 
     async def _stop(self) -> None:
-        sampler, self._sampler, self._revisions = self._sampler, None, None
-        group, self._group = self._group, None
-        if sampler is not None:
-            await sampler.close()
-        if group is not None:
-            await group.close()
+        await self._finish_aside(cancel=True)
+        workers, self._workers = self._workers, None
+        self.revisions.detach()
+        if workers is not None:
+            await workers.stop()
 
 
-def _run_of(record: SamplerRecord) -> str | None:
-    """The run whose weights a sampling session serves; None for a bare base model."""
-    if record.model_path is not None:
-        return TinkerPath.parse(record.model_path).run_id
-    return record.revision.rpartition("@")[0] if record.revision is not None else None
+def _earlier(first: float | None, second: float | None) -> float | None:
+    return min((moment for moment in (first, second) if moment is not None), default=None)

@@ -36,6 +36,8 @@ class SystemClock:
         """Sleep until the event or the deadline."""
         timeout = None if deadline is None else max(0.0, deadline - self.monotonic())
         try:
-            await asyncio.wait_for(event.wait(), timeout)
+            # Not asyncio.wait_for: before Python 3.12 it forgets a cancellation that comes together with the event.
+            async with asyncio.timeout(timeout):
+                await event.wait()
         except TimeoutError:
             return

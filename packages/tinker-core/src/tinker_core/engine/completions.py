@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import OrderedDict
+from collections.abc import Iterable
 from itertools import islice
 
 import attrs
 
 from tinker_core.engine.clock import Clock
-from tinker_core.errors import StaleCursorError
 from tinker_core.types import SampleTarget
 
 PAGE_SIZE = 1000
@@ -32,7 +32,8 @@ class CompletionLogs:
     """The logs of all sampling clients.
 
     A cursor is a moment: microseconds of this process, counted from a secret number.  So it says nothing about other
-    clients, stays valid when an empty log is dropped, and one of an earlier process is recognised.
+    clients, stays valid when an empty log is dropped, and one of an earlier process is recognised: whoever comes with
+    it, or with 0, begins anew, with what is still kept of the earlier process's results.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -50,6 +51,16 @@ class CompletionLogs:
             if not poll.done():
                 poll.set_result(None)
 
+    def issued(self, cursor: int) -> bool:
+        """Whether this process issued a cursor."""
+        return self._start <= cursor <= self._last
+
+    def recall(self, target: SampleTarget, request_ids: Iterable[str]) -> None:
+        """Samples got their results in the past, perhaps in an earlier process."""
+        known = self._logs[target].completions if target in self._logs else {}
+        for request_id in [request_id for request_id in request_ids if request_id not in known]:
+            self.add(target, request_id)
+
     def remove(self, target: SampleTarget, request_id: str) -> None:
         """The result was fetched, or is no longer kept."""
         log = self._logs.get(target)
@@ -60,11 +71,8 @@ class CompletionLogs:
     async def page(self, target: SampleTarget, cursor: int, timeout: float) -> tuple[list[str], int]:  # noqa: ASYNC109
         """Request ids completed after ``cursor``, oldest first, and the next cursor; waits until there is one.
 
-        A client's first poll, with cursor 0, never waits: the cursor that it gets lets a later process see that it is
-        not the one that took the client's samples.  Raises `StaleCursorError` for the cursor of an earlier process.
+        Cursor 0 is the beginning, and never waits; any other is one that was `issued`.
         """
-        if cursor != 0 and not self._start <= cursor <= self._last:
-            raise StaleCursorError
         log = self._logs.setdefault(target, _Log())
         while log.completions and next(iter(log.completions.values())) <= cursor:
             log.completions.popitem(last=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import attrs
 
+from tinker_core.engine.backlog import LoadBounds
 from tinker_core.interfaces import OptionValue
 from tinker_core.types import LOCAL_OWNER, BaseModelSpec, JsonObject
 
@@ -50,18 +51,37 @@ class EngineConfig:
     """Bytes of a model's journalled requests after which its state is written in the background."""
     journal_bytes: int = 16 * 1024**3
     """Most bytes of requests and results in the journal; beyond it no request is accepted."""
+    max_queued_tokens: int = 128 * 1024**2
+    """Most tokens of accepted training without a result; a request counts 1024 at least. Beyond it training waits
+    before it is accepted, but not of owners with less than an even share of it."""
+    max_queued_tokens_per_owner: int = 32 * 1024**2
+    """Most of these tokens of one owner."""
+    max_queued_samples: int = 32 * 1024
+    """Most samples without a result; one owner may have half of them. Beyond it samples are told to come back."""
     deterministic: bool = False
     """One request per pass, one sample at a time, fixed threads: a replay is bit-identical."""
     grace_seconds: float = 30.0
     """How long accepted work may go on after the signal to stop."""
-    database_url: str | None = None
-    """The control database as an SQLAlchemy URL; None keeps it in the data directory."""
+    database_url: str | None = attrs.field(default=None, repr=False)
+    """The control database as an SQLAlchemy URL, which may hold a password; None keeps it in the data directory."""
     checkpoint_store: str | None = None
     """Where checkpoints are kept, as a URL such as ``s3://bucket/prefix``; None keeps them in the data directory."""
+    checkpoint_cache_bytes: int = 16 * 1024**3
+    """Most bytes of checkpoints from such a URL that the data directory keeps while nobody reads them."""
     keep_last: int | None = None
     """Newest training checkpoints that each run keeps; older ones are removed after a save. None keeps all."""
     options: Mapping[str, OptionValue] = attrs.field(factory=dict)
     worker_environment: Mapping[str, str] = attrs.field(factory=dict)
+
+    @property
+    def max_resident(self) -> int:
+        """Most models that the workers of a base model hold."""
+        return min(self.max_models, self.max_resident_models)
+
+    @property
+    def load_bounds(self) -> LoadBounds:
+        """How much may be queued."""
+        return LoadBounds(**{field.name: getattr(self, field.name) for field in attrs.fields(LoadBounds)})
 
     @property
     def pass_tokens(self) -> int:

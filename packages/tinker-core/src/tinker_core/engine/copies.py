@@ -7,6 +7,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Callable
+from datetime import datetime
 
 import attrs
 
@@ -22,6 +23,7 @@ from tinker_core.types import (
     SessionRecord,
     TinkerPath,
     TrainingRunRecord,
+    session_of_run,
 )
 
 MAX_PROJECT_ID = 255
@@ -97,9 +99,11 @@ class Copies:
 
     async def _copy(self, request: CopyWeightsInput, caller: Caller, identity: str, copied: Copied) -> CheckpointRecord:
         owner = caller.owner
-        made = await self._registry.control.checkpoint_queries.written_by(identity)
+        made = await self._checkpoints.finished_save(identity)
         if made is not None:
-            return made
+            copy = await self._checkpoints.get(str(made), owner)
+            await self._register(copy)  # a crash may have come before
+            return copy
         check_ttl(request.ttl_seconds)
         source = await self._checkpoints.get(request.source_path, owner, request.weights_access_token)
         if source.path.kind is CheckpointType.EXTERNAL:
@@ -107,57 +111,77 @@ class Copies:
                 f"{request.source_path!r} holds external weights, which are downloaded rather than copied; copy a path "
                 "of kind 'weights' or 'sampler_weights'"
             )
-        session, is_new = await self._session(request, owner)
+        session = await self._session(request, owner)
         run = await self._run(source, session, request.model_seq_id or 0)
         path = TinkerPath(run_id=run.model_id, kind=source.path.kind, name=source.path.name)
-        async with self._checkpoints.save(
-            path,
-            run,
-            identity,
-            ttl_seconds=request.ttl_seconds,
-            overwrite=False,
-            user_metadata=source.user_metadata,
-            limits=caller.limits,
-        ) as directory:
-            await asyncio.to_thread(self._checkpoints.store.link, source.path, directory)
-        if is_new:
-            await self._registry.add_session(session)
-        await self._registry.control.add_run(run)
+        async with (
+            self._checkpoints.save(
+                path,
+                run,
+                identity,
+                ttl_seconds=request.ttl_seconds,
+                overwrite=False,
+                user_metadata=source.user_metadata,
+                limits=caller.limits,
+            ) as directory,
+            self._checkpoints.reading(source) as files,
+        ):
+            await self._checkpoints.store.link(files, directory)
         copy = await self._checkpoints.get(str(path), owner)
+        await self._register(copy)
         copied(source, copy)
         return copy
 
-    async def _session(self, request: CopyWeightsInput, owner: str) -> tuple[SessionRecord, bool]:
+    async def _register(self, copy: CheckpointRecord) -> None:
+        """Make a copy's session and run, unless they are there."""
+        control = self._registry.control
+        session_id = session_of_run(copy.path.run_id)
+        assert session_id is not None
+        if await control.get_session(session_id) is None:
+            await self._registry.add_session(_session_of_copy(session_id, copy.owner, copy.project_id, copy.created_at))
+        if await control.get_run(copy.path.run_id) is None:
+            await control.add_run(_run_of_copy(copy, copy.path.run_id, session_id, copy.owner, copy.project_id))
+
+    async def _session(self, request: CopyWeightsInput, owner: str) -> SessionRecord:
         if request.session_id is not None:
-            return await self._registry.require_open(request.session_id, owner), False
-        now = self._clock.now()
-        session = SessionRecord(
-            session_id=f"s-{secrets.token_urlsafe(16)}",
-            created_at=now,
-            owner=owner,
-            project_id=request.destination_project_id,
-            finished_at=now,
-            finish_reason="success",
-            finish_detail="holds a copy made by copy_weights",
-        )
-        return session, True
+            return await self._registry.require_open(request.session_id, owner)
+        session_id = f"s-{secrets.token_urlsafe(16)}"
+        return _session_of_copy(session_id, owner, request.destination_project_id, self._clock.now())
 
     async def _run(self, source: CheckpointRecord, session: SessionRecord, model_seq_id: int) -> TrainingRunRecord:
         model_id = model_id_of(session.session_id, model_seq_id)
         if self._is_taken(session.owner, model_id) or await self._registry.control.get_run(model_id) is not None:
             raise InvalidRequestError(f"model_seq_id={model_seq_id} of session {session.session_id!r} is in use")
-        now = self._clock.now()
-        return TrainingRunRecord(
-            model_id=model_id,
-            session_id=session.session_id,
-            base_model=source.base_model,
-            lora_config=source.lora_config,
-            optimizer_config=source.optimizer_config,
-            created_at=now,
-            last_request_at=now,
-            owner=session.owner,
-            project_id=session.project_id,
-        )
+        made = attrs.evolve(source, created_at=self._clock.now())
+        return _run_of_copy(made, model_id, session.session_id, session.owner, session.project_id)
+
+
+def _session_of_copy(session_id: str, owner: str, project_id: str | None, at: datetime) -> SessionRecord:
+    return SessionRecord(
+        session_id=session_id,
+        created_at=at,
+        owner=owner,
+        project_id=project_id,
+        finished_at=at,
+        finish_reason="success",
+        finish_detail="holds a copy made by copy_weights",
+    )
+
+
+def _run_of_copy(
+    checkpoint: CheckpointRecord, model_id: str, session_id: str, owner: str, project_id: str | None
+) -> TrainingRunRecord:
+    return TrainingRunRecord(
+        model_id=model_id,
+        session_id=session_id,
+        base_model=checkpoint.base_model,
+        lora_config=checkpoint.lora_config,
+        optimizer_config=checkpoint.optimizer_config,
+        created_at=checkpoint.created_at,
+        last_request_at=checkpoint.created_at,
+        owner=owner,
+        project_id=project_id,
+    )
 
 
 def _identity(request: CopyWeightsInput, owner: str) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from contextlib import AsyncExitStack
 from datetime import datetime
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
-from tinker_core.engine.abandonment import Abandonment
 from tinker_core.engine.acceptance import (
     Acceptance,
+    model_of,
     sampling_session_id_of,
     slot_identity,
 )
@@ -25,27 +25,36 @@ from tinker_core.engine.checkpoints import Checkpoints
 from tinker_core.engine.clock import Clock, SystemClock
 from tinker_core.engine.config import EngineConfig, NewSession, Readiness, SessionContents
 from tinker_core.engine.counters import Counters
-from tinker_core.engine.futures import FutureTable
+from tinker_core.engine.figures import durability_metrics, total_lag
+from tinker_core.engine.futures import DELIVERED_SECONDS, FutureTable, PendingResult
+from tinker_core.engine.identity import open_control
 from tinker_core.engine.intake import Intake, base_named
 from tinker_core.engine.library import Library
-from tinker_core.engine.lock import data_dir_lock
-from tinker_core.engine.models import release_models
+from tinker_core.engine.lock import data_dir_lock, make_data_dir
+from tinker_core.engine.model_state import snapshot_of
 from tinker_core.engine.operations import Operations
+from tinker_core.engine.payloads import Payloads
 from tinker_core.engine.polls import Polls
+from tinker_core.engine.recovery import Recovery
 from tinker_core.engine.registry import Registry
 from tinker_core.engine.request_ids import RequestIds
 from tinker_core.engine.sampling import Sampling
+from tinker_core.engine.sessions import Sessions
+from tinker_core.engine.settlement import Settlement
+from tinker_core.engine.snapshots import SnapshotFiles
 from tinker_core.engine.traces import Traces
+from tinker_core.errors import JournalError, StorageError
+from tinker_core.logs import log_context
 from tinker_core.plugins import Plugins
 from tinker_core.scheduler import Work
-from tinker_core.storage.checkpoints import CheckpointStore
-from tinker_core.storage.control import ControlStore
-from tinker_core.storage.database import database_url
+from tinker_core.storage.checkpoints import open_checkpoint_store
+from tinker_core.storage.journal import Journal
 from tinker_core.storage.secret import derive_key, load_secret
 from tinker_core.types import (
     AcceptedRequest,
     Caller,
     CreateSamplingSessionInput,
+    DurabilityMetrics,
     EngineMetrics,
     EngineOutput,
     EngineRequest,
@@ -59,6 +68,16 @@ from tinker_core.types import (
 
 log = logging.getLogger(__name__)
 
+PRUNE_SECONDS = 60.0
+"""Results whose time is over are dropped that often at most."""
+
+
+class OpenJournal(Protocol):
+    """Opens the journal of an engine."""
+
+    def __call__(self, directory: Path, *, max_bytes: int, max_result_bytes: int | None = None) -> Awaitable[Journal]:
+        """See `Journal.open`."""
+
 
 class Engine:
     """Serves several base models. An async context manager: entering returns at once, workers start behind it.
@@ -67,10 +86,18 @@ class Engine:
     failure is the result of its own future.  What is answered at once raises `TinkerError`.
     """
 
-    def __init__(self, config: EngineConfig, plugins: Plugins, *, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        plugins: Plugins,
+        *,
+        clock: Clock | None = None,
+        open_journal: OpenJournal = Journal.open,
+    ) -> None:
         self._config = config
         self._plugins = plugins
         self._clock = clock or SystemClock()
+        self._open_journal = open_journal
         self._bases: dict[str, BaseModel] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._releases: set[asyncio.Task[None]] = set()
@@ -90,28 +117,109 @@ class Engine:
         self.polls: Polls
         """Answers about requests in flight; there once the engine is entered."""
         self._secret: bytes
+        self._journal: Journal
         self._futures: FutureTable
         self._acceptance: Acceptance
         self._registry: Registry
         self._checkpoints: Checkpoints
+        self._payloads: Payloads
+        self._resolve: Settlement
         self._operations: Operations
         self._sampling: Sampling
+        self._sessions: Sessions
         self._intake: Intake
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             await self._open_storage(stack)
             self._stack = stack.pop_all()
-        self._operations = Operations(self._checkpoints, self._registry, self._clock, resolve=self._resolve)
-        self._acceptance = Acceptance(self._futures)
-        self._sampling = Sampling(self._registry, self._checkpoints, self._clock, resolve=self._resolve)
+        try:
+            await self._assemble()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def _assemble(self) -> None:
+        """Put the parts together, with what an earlier process left, and start what runs by itself."""
+        self._make_parts()
+        left = await self._journal.recover()
+        files = SnapshotFiles(self._config.data_dir / "snapshots")
+        await asyncio.to_thread(files.sweep, {row.model_id: snapshot_of(row) for row in left.models})
+        for spec in self._config.base_models:
+            self._bases[spec.name] = BaseModel(
+                spec,
+                self._config,
+                self._plugins,
+                self._clock,
+                journal=self._journal,
+                files=files,
+                payloads=self._payloads,
+                registry=self._registry,
+                execute=self._execute,
+                resolve=self._resolve,
+                on_idle=self.accounts.limiter.backlog.recheck,
+            )
+            await asyncio.to_thread(self._bases[spec.name].revisions.load)
+        recovery = Recovery(
+            journal=self._journal,
+            registry=self._registry,
+            acceptance=self._acceptance,
+            admission=self._admission,
+            limiter=self.accounts.limiter,
+            payloads=self._payloads,
+            sampling=self._sampling,
+            intake=self._intake,
+            clock=self._clock,
+            bases=self._bases,
+            resolve=self._resolve,
+        )
+        await recovery.run(left)
+        await self._sessions.release_finished()
+        for name, base in self._bases.items():
+            with log_context(base_model=name):
+                self._tasks.append(asyncio.create_task(base.run()))
+        self._tasks.append(asyncio.create_task(self._prune()))
+        self._tasks += [asyncio.create_task(silence.run()) for silence in self._sessions.silences(self._config)]
+
+    def _make_parts(self) -> None:
+        self._payloads = Payloads(self._journal)
+        self._resolve = Settlement(
+            futures=self._futures,
+            journal=self._journal,
+            payloads=self._payloads,
+            bases=self._bases,
+            deliver=self._deliver,
+            run_behind=self._run_behind,
+        )
+        self._operations = Operations(
+            self._checkpoints,
+            self._registry,
+            self._clock,
+            self._payloads,
+            resolve=self._resolve,
+            complete=self._complete,
+        )
+        self._acceptance = Acceptance(self._futures, self._journal, self._clock)
+        self._sampling = Sampling(
+            self._registry,
+            self._checkpoints,
+            self._clock,
+            resolve=self._resolve,
+            deterministic=self._config.deterministic,
+        )
+        self.polls = Polls(self._futures, self._registry, self._sampling, self._bases, self._clock)
+        self._make_doors()
+
+    def _make_doors(self) -> None:
+        """Where requests come in, and where sessions begin and end."""
         self._intake = Intake(
             registry=self._registry,
             acceptance=self._acceptance,
             admission=self._admission,
             limiter=self.accounts.limiter,
             checkpoints=self._checkpoints,
-            operations=self._operations,
+            payloads=self._payloads,
             sampling=self._sampling,
             futures=self._futures,
             clock=self._clock,
@@ -119,41 +227,47 @@ class Engine:
             resolve=self._resolve,
             run_behind=self._run_behind,
         )
-        self.polls = Polls(self._futures, self._registry, self._sampling, self._bases)
-        for spec in self._config.base_models:
-            self._bases[spec.name] = BaseModel(
-                spec,
-                self._config,
-                self._plugins,
-                self._clock,
-                execute=self._execute,
-                resolve=self._resolve,
-            )
-        self._tasks = [asyncio.create_task(base.run()) for base in self._bases.values()]
-        if self._config.session_seconds is not None:
-            abandonment = Abandonment(
-                self._registry, self._clock, self._config.session_seconds, end=self._end_abandoned_session
-            )
-            self._tasks.append(asyncio.create_task(abandonment.run()))
-        return self
+        self._sessions = Sessions(
+            registry=self._registry,
+            futures=self._futures,
+            journal=self._journal,
+            admission=self._admission,
+            sampling=self._sampling,
+            polls=self.polls,
+            bases=self._bases,
+            clock=self._clock,
+            run_behind=self._run_behind,
+        )
 
     async def _open_storage(self, stack: AsyncExitStack) -> None:
         data_dir = self._config.data_dir
-        await asyncio.to_thread(data_dir.mkdir, parents=True, exist_ok=True)
+        await asyncio.to_thread(make_data_dir, data_dir)
         stack.enter_context(data_dir_lock(data_dir))
         self._secret = await asyncio.to_thread(load_secret, data_dir)
-        self._futures = FutureTable(
-            self._clock, RequestIds(self.signing_key("request ids")), self._config.max_result_bytes
+        config = self._config
+        self._journal = await self._open_journal(
+            data_dir / "journal", max_bytes=config.journal_bytes, max_result_bytes=config.max_result_bytes
         )
-        control = await ControlStore.open(database_url(data_dir))
+        stack.push_async_callback(self._journal.close)
+        self._futures = FutureTable(self._clock, RequestIds(self.signing_key("request ids")), self._journal)
+        control = await open_control(config, self._clock.now())
         stack.push_async_callback(control.close)
-        self.accounts = await stack.enter_async_context(Accounts(control, self._clock, self._can_progress))
-        store = CheckpointStore(data_dir / "checkpoints")
-        await asyncio.to_thread(store.sweep)
+        accounts = Accounts(control, self._clock, self._can_progress, self._config.load_bounds)
+        self.accounts = await stack.enter_async_context(accounts)
+        server_id = control.server_id
+        assert server_id is not None
+        store = open_checkpoint_store(config.checkpoint_store, data_dir, config.checkpoint_cache_bytes, server_id)
         self._registry = Registry(control)
-        self._checkpoints = Checkpoints(store, control, self._clock, self.accounts)
+        self._checkpoints = Checkpoints(store, control, self._clock, self.accounts, writer=server_id)
         audit = self.accounts.audit
-        library = Library(self._checkpoints, self._registry, self._clock, audit, is_taken=self._is_being_made)
+        library = Library(
+            self._checkpoints,
+            self._registry,
+            self._clock,
+            audit,
+            is_taken=self._is_being_made,
+            keep_last=config.keep_last,
+        )
         self.library = await stack.enter_async_context(library)
         self.catalogue = Catalogue(self._registry, audit, self._clock)
         await asyncio.to_thread(self.traces.clear_files)
@@ -166,8 +280,13 @@ class Engine:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for run in self._registry.live_models():
-            await self._registry.control.touch_run(run.model_id, run.last_request_at)
+        for base in self._bases.values():
+            await base.residence.close()
+        try:
+            for run in self._registry.live_models():
+                await self._registry.control.touch_run(run.model_id, run.last_request_at)
+        except StorageError as unwritten:
+            log.error("when models were last used is not recorded: %s", unwritten)
         await self._stack.aclose()
 
     # --- what is served -----------------------------------------------------------------------------------------------
@@ -218,17 +337,55 @@ class Engine:
                 base_model=name,
                 queued_requests=base.scheduler.num_queued(),
                 running_requests=base.scheduler.num_running(),
-                resident_models=len(base.resident_models),
-                resident_revisions=base.revisions.num_resident if base.has_sampler else 0,
+                oldest_queued_seconds=base.scheduler.longest_wait(self._clock.monotonic()),
+                resident_models=base.residence.num_resident,
+                parked_models=base.residence.num_parked,
+                worker_losses=base.num_restarts,
+                recovery_seconds=base.recovery_seconds,
+                resident_revisions=base.revisions.num_resident,
+                stored_revisions=base.revisions.num_stored,
+                stored_revision_bytes=base.revisions.stored_bytes,
                 completed_requests=done.completed[name],
                 failed_requests=done.failed[name],
                 samples_in_progress=self._sampling.in_progress[name],
+                samples_waiting=self._sampling.num_waiting(name),
                 trained_tokens=done.trained_tokens[name],
                 prefilled_tokens=done.prefilled_tokens[name],
                 sampled_tokens=done.sampled_tokens[name],
             )
             for name, base in self._bases.items()
         )
+
+    def durability(self) -> DurabilityMetrics:
+        """How far what was accepted is from being safe."""
+        return durability_metrics(
+            self._journal.stats(), total_lag(base.residence.lag() for base in self._bases.values())
+        )
+
+    async def wait_failed(self) -> JournalError:
+        """Return when nothing can be kept any more, with the reason: the engine has to end, and another to start."""
+        return await self._journal.wait_failed()
+
+    async def drain(self, seconds: float) -> bool:
+        """Let accepted work that can go on do so, for at most so long; whether all of it is done by then.
+
+        In what time is left, the models' states are written, so that the next start has nothing to do again.
+        """
+        deadline = self._clock.monotonic() + seconds
+        left: set[asyncio.Future[EngineOutput]] = set()
+        running = [entry.done for entry in self._futures.pending(self._goes_on)]
+        if running:
+            _, left = await asyncio.wait(running, timeout=seconds)
+        ready = [base for base in self._bases.values() if base.state == "ready"]
+        await asyncio.gather(*(base.residence.flush(deadline) for base in ready))
+        return not left
+
+    def _goes_on(self, entry: PendingResult) -> bool:
+        """Whether a request without a result neither waits for workers nor for another request."""
+        base = self._bases.get(entry.base_model)
+        if base is None or base.state != "ready":
+            return False
+        return entry.accepted.model_id is None or base.scheduler.can_progress(entry.accepted.model_id)
 
     def _base(self, name: str) -> BaseModel:
         return base_named(name, self._bases)
@@ -237,44 +394,15 @@ class Engine:
 
     async def create_session(self, session: NewSession) -> SessionRecord:
         """Open a session."""
-        record = SessionRecord(
-            session_id=f"s-{secrets.token_urlsafe(16)}",
-            created_at=self._clock.now(),
-            owner=session.owner,
-            project_id=session.project_id,
-            tags=session.tags,
-            user_metadata=session.user_metadata,
-            sdk_version=session.sdk_version,
-            display_name=session.display_name,
-        )
-        await self._registry.add_session(record)
-        self._registry.saw(record.session_id, self._clock.monotonic())
-        return record
+        return await self._sessions.create(session)
 
     async def heartbeat(self, session_id: str, owner: str) -> None:
         """Note that a client lives; raises `UnknownSessionError` or `SessionFinishedError`."""
-        await self._registry.require_open(session_id, owner)
-        self._registry.saw(session_id, self._clock.monotonic())
+        await self._sessions.heartbeat(session_id, owner)
 
     async def finish_session(self, session_id: str, reason: str, detail: str | None, owner: str) -> None:
         """Close a session: its models and ephemeral weights are released once their accepted work is done."""
-        record = await self._registry.session(session_id, owner)
-        await self._registry.finish_session(record, self._clock.now(), reason, detail)
-        release = self._run_behind(self._release(session_id))
-        if not self._futures.pending(lambda entry: (entry.accepted.model_id or "").startswith(f"{session_id}:")):
-            await release  # nothing to wait for: what comes next finds the room
-
-    async def _end_abandoned_session(self, session_id: str, detail: str) -> None:
-        record = await self._registry.control.get_session(session_id)
-        if record is None:
-            return
-        await self.polls.cancel_session(session_id)
-        await self.finish_session(session_id, "interrupted", detail, record.owner)
-
-    async def _release(self, session_id: str) -> None:
-        await release_models(session_id, self._registry, self._bases, self._futures)
-        self._admission.forget(session_id)
-        await self._sampling.release(session_id, self._bases)
+        await self._sessions.finish(session_id, reason, detail, owner)
 
     async def session(self, session_id: str, owner: str) -> SessionRecord:
         """One session."""
@@ -286,12 +414,7 @@ class Engine:
 
     async def session_contents(self, session_id: str, owner: str) -> SessionContents:
         """The ids of what was made in a session."""
-        await self._registry.session(session_id, owner)
-        control = self._registry.control
-        return SessionContents(
-            training_run_ids=tuple(await control.list_run_ids(session_id)),
-            sampler_ids=tuple(await control.list_sampler_ids(session_id)),
-        )
+        return await self._sessions.contents(session_id, owner)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -325,18 +448,39 @@ class Engine:
         return task
 
     def _is_being_made(self, owner: str, model_id: str) -> bool:
-        return self._acceptance.find(owner, slot_identity(model_id, 0)) is not None
+        return self._acceptance.is_known(owner, slot_identity(model_id, 0))
 
     async def _execute(self, base: BaseModel, work: Work) -> None:
+        again = []
         for request in work.requests:
-            self._futures.mark_started(request.request_id)
-        await self._operations.execute(base, work)
+            entry = self._futures.mark_started(request.request_id)
+            if entry is not None and entry.recovered and not entry.settled:
+                again.append(entry.number)
+        if again:  # should this be what ended the server, it ends it a few times only
+            await self._journal.note_attempts(again)
+        began = self._clock.monotonic()
+        try:
+            with log_context(model_id=", ".join(request.model_id for request in work.requests)):
+                await self._operations.execute(base, work)
+        finally:
+            self.counters.note_work(base.spec.name, work, self._clock.monotonic() - began, self._config.pass_tokens)
 
-    def _resolve(self, request_id: str, output: EngineOutput) -> None:
-        self._operations.discard(request_id)
-        entry = self._futures.resolve(request_id, output)
-        if entry is None:
-            return
+    def _complete(self, base: BaseModel, request: EngineRequest) -> EngineRequest:
+        """What admission makes of a request that was read from the journal."""
+        return self._admission.admit(request, self._registry.model(model_of(request) or ""), base)
+
+    async def _prune(self) -> None:
+        """Drop results whose time is over, for ever."""
+        never = asyncio.Event()
+        while True:
+            now = self._clock.now().timestamp()
+            next_end = await self._journal.prune(now)
+            # What is fetched meanwhile ends sooner than it said, but not before this.
+            wait = DELIVERED_SECONDS if next_end is None else min(DELIVERED_SECONDS, next_end - now)
+            await self._clock.wait(never, self._clock.monotonic() + max(PRUNE_SECONDS, wait))
+
+    def _deliver(self, entry: PendingResult, output: EngineOutput) -> None:
+        request_id = entry.accepted.request_id
         metered = self.accounts.limiter.end(request_id)
         if metered is not None:
             self.accounts.usage.count_result(metered, output)
@@ -345,7 +489,8 @@ class Engine:
         seconds = self._clock.monotonic() - entry.accepted_at
         self.counters.note(entry.base_model, entry.accepted.request_type, seconds, output)
         if error is not None and error.category == "server":
-            log.error("request %s failed: %s", request_id, error.message)
+            about = {"request_id": request_id, "model_id": entry.accepted.model_id, "owner": entry.owner}
+            log.error("request %s failed: %s", request_id, error.message, extra=about)
         self.traces.note(entry, self._clock.monotonic(), error)
         self._plugins.request_finished(
             request_id=request_id,

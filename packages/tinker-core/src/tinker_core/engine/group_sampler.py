@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tinker_core.errors import WorkerLostError
-from tinker_core.executors.protocol import CancelCall, PublishCall, RetireCall, WaitingCall
+from tinker_core.executors.protocol import CancelCall, PublishCall, RetireCall, SaveRevisionCall, WaitingCall
 from tinker_core.interfaces import WorkerGroup
 from tinker_core.types import PreparedSample, SampleOutput, SamplerCapabilities, WeightsRef
 
@@ -29,9 +29,13 @@ class GroupSampler:
         """Publish in every rank."""
         await self._group.call("publish", PublishCall(revision=revision, ref=ref))
 
-    async def retire(self, revision: str, spill_directory: str | None) -> None:
+    async def save_revision(self, revision: str, directory: str) -> None:
+        """Have the ranks write it."""
+        await self._group.call("save_revision", SaveRevisionCall(revision=revision, directory=directory))
+
+    async def retire(self, revision: str) -> None:
         """Retire in every rank."""
-        await self._group.call("retire", RetireCall(revision=revision, spill_directory=spill_directory))
+        await self._group.call("retire", RetireCall(revision=revision))
 
     async def sample(self, sample: PreparedSample) -> SampleOutput:
         """Generate in the ranks; a cancelled caller frees its slot there."""

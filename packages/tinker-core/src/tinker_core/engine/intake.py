@@ -9,23 +9,24 @@ from typing import Any
 import attrs
 
 from tinker_core.engine.acceptance import (
+    NO_TOKENS,
     Acceptance,
+    Tokens,
     creates_model,
     identity_of,
     model_of,
     sample_identity,
     seq_id_of,
-    slot_identity,
-    type_of,
 )
 from tinker_core.engine.admission import Admission
 from tinker_core.engine.base_model import BaseModel
 from tinker_core.engine.checkpoints import Checkpoints
 from tinker_core.engine.clock import Clock
 from tinker_core.engine.futures import FutureTable, PendingResult
+from tinker_core.engine.interruption import to_its_end
 from tinker_core.engine.limits import KeyLimiter
-from tinker_core.engine.models import new_model, release_model
-from tinker_core.engine.operations import Operations
+from tinker_core.engine.models import FindRun, new_model, release_model
+from tinker_core.engine.payloads import Payloads
 from tinker_core.engine.registry import Registry
 from tinker_core.engine.sampling import Sampling
 from tinker_core.engine.usage import Metered
@@ -73,7 +74,7 @@ class Intake:
     _admission: Admission
     _limiter: KeyLimiter
     _checkpoints: Checkpoints
-    _operations: Operations
+    _payloads: Payloads
     _sampling: Sampling
     _futures: FutureTable
     _clock: Clock
@@ -82,36 +83,50 @@ class Intake:
     _run_behind: RunBehind
 
     async def submit(self, request: EngineRequest, caller: Caller) -> AcceptedRequest:
-        """Accept a request, once: a repeat gets the first one's receipt."""
+        """Accept a request, once: a repeat gets the first one's receipt. It is durable when this returns.
+
+        Raises `JournalFullError` when nothing can be accepted now.
+        """
         if isinstance(request, SampleInput):
             record = await self._registry.sampler(request.sampling_session_id, caller.owner)
             await self._registry.require_open(record.session_id, caller.owner)
             self._registry.saw(record.session_id, self._clock.monotonic())
-            return self._submit_sample(request, record, caller)
+            return await self._submit_sample(request, record, caller)
         repeated = await self._repeated(request, caller.owner)
-        if repeated is None and await self._limiter.hold(caller, self._held_tokens(request, caller)):
+        tokens = self._tokens(request, caller)
+        if repeated is None and await self._limiter.hold(caller, tokens.most):
             repeated = await self._repeated(request, caller.owner)  # it may have been sent again meanwhile
         if repeated is not None:
             return repeated
-        entry, request = self._acceptance.accept(request, caller)
+        # To its end, also when the client goes away: what is in the journal must run.
+        return await to_its_end(self._take_in(request, caller, tokens))
+
+    async def _take_in(self, request: EngineRequest, caller: Caller, tokens: Tokens) -> AcceptedRequest:
+        accepted = await self._acceptance.accept(request, caller, tokens)
+        if isinstance(accepted, AcceptedRequest):
+            return accepted
+        entry, request = accepted
+        await self.route(request, entry)
+        self._saw_client_of(request)
+        return entry.accepted
+
+    async def route(self, request: EngineRequest, entry: PendingResult) -> None:
+        """Check an accepted request and give it to whoever runs it; if it cannot run, its future says why."""
         try:
             await self._route(request, entry)
-            self._saw_client_of(request)
         except TinkerError as error:
             self._resolve(entry.accepted.request_id, describe_error(error))
-        return entry.accepted
 
     async def submit_failed(
         self, model_id: str, seq_id: int, request_type: RequestType, error: RequestError, caller: Caller
     ) -> AcceptedRequest:
         """Accept a request that could not be decoded: it fails, and keeps its place in its model's order."""
         await self._limiter.hold(caller, 0)
-        repeated = self._acceptance.find(caller.owner, slot_identity(model_id, seq_id))
-        if repeated is not None:
-            return repeated
-        entry = self._acceptance.accept_unreadable(request_type, caller, model_id, seq_id)
-        self._resolve(entry.accepted.request_id, error)
+        entry = await self._acceptance.accept_unreadable(request_type, caller, model_id, seq_id)
+        if isinstance(entry, AcceptedRequest):
+            return entry
         self._take_slot(entry, seq_id)
+        self._resolve(entry.accepted.request_id, error)
         return entry.accepted
 
     async def submit_failed_sample(
@@ -120,11 +135,13 @@ class Intake:
         """Accept a sample that could not be decoded: it fails, as one that could not be served does."""
         record = await self._registry.sampler(sampling_session_id, caller.owner)
         await self._registry.require_open(record.session_id, caller.owner)
-        repeated = self._acceptance.find(caller.owner, sample_identity(sampling_session_id, seq_id))
+        repeated = await self._acceptance.find(caller.owner, sample_identity(sampling_session_id, seq_id))
         if repeated is not None:
             return repeated
         self._limiter.admit_sample(caller, 0)
-        entry = self._acceptance.accept_unreadable_sample(sampling_session_id, seq_id, caller)
+        entry = await self._acceptance.accept_unreadable_sample(sampling_session_id, seq_id, caller)
+        if isinstance(entry, AcceptedRequest):
+            return entry
         entry.base_model = record.base_model
         self._resolve(entry.accepted.request_id, error)
         return entry.accepted
@@ -137,17 +154,18 @@ class Intake:
     async def _repeated(self, request: EngineRequest, owner: str) -> AcceptedRequest | None:
         """The receipt of the same request by the same owner; raises if its session takes no new work."""
         await self._require_open_session(request, owner)
-        return self._acceptance.find(owner, identity_of(request))
+        return await self._acceptance.find(owner, identity_of(request))
 
-    def _held_tokens(self, request: EngineRequest, caller: Caller) -> int:
-        """Tokens that a limited key's request needs room for; 0 for one that will fail for other reasons."""
-        if caller.limits.max_tokens_in_flight is None or not isinstance(request, ForwardBackwardInput):
-            return 0
+    def _tokens(self, request: EngineRequest, caller: Caller) -> Tokens:
+        """Tokens that a pass needs room for; none for one that will fail for other reasons."""
+        if not isinstance(request, ForwardBackwardInput):
+            return NO_TOKENS
         try:
             run = self._registry.model(request.model_id, caller.owner)
-            return self._base_of(run.base_model).count_tokens(request.data)
+            num_tokens = self._base_of(run.base_model).count_tokens(request.data)
         except TinkerError:
-            return 0
+            return NO_TOKENS
+        return Tokens(num=num_tokens, most=num_tokens)
 
     async def _require_open_session(self, request: EngineRequest, owner: str) -> None:
         made_in = getattr(request, "session_id", None)  # of what makes something new in a session
@@ -171,7 +189,7 @@ class Intake:
                 request,
                 entry,
                 session=self._registry.session,
-                find_run=self._registry.control.get_run,
+                find_run=self._find_run(entry),
                 checkpoints=self._checkpoints,
                 now=self._clock.now(),
             )
@@ -183,8 +201,8 @@ class Intake:
             entry.base_model = base.spec.name
             alive = {model_id for each in self._bases.values() for model_id in each.scheduler.model_ids()}
             self._limiter.claim_model(entry.caller, run.model_id, run.lora_config.rank, alive)
-            base.add_model(run.model_id)
-            self._operations.prepare(entry.accepted.request_id, new)
+            base.add_model(run.model_id, run.owner)
+            self._payloads.keep(entry.accepted.request_id, new)
         else:
             run = self._registry.model(model_of(request) or "", entry.owner)
             base = self._base_of(run.base_model)
@@ -195,87 +213,111 @@ class Intake:
             except TinkerError:
                 self._take_slot(entry, seq_id_of(request))
                 raise
-            self._operations.prepare(entry.accepted.request_id, request)
+            self._payloads.keep(entry.accepted.request_id, request)
         self._enqueue(base, request, entry, run)
 
     def _unload(self, request: UnloadModelInput, entry: PendingResult) -> None:
         """Release a model behind the caller's back; the request has no place in the model's order."""
+        if entry.recovered and not self._registry.is_live(request.model_id):
+            # An earlier process did it, and did not live to say so.
+            self._resolve(entry.accepted.request_id, UnloadModelOutput(model_id=request.model_id))
+            return
         run = self._registry.model(request.model_id, entry.owner)
         entry.base_model = run.base_model
 
         async def release() -> None:
             output: EngineOutput = UnloadModelOutput(model_id=run.model_id)
             try:
-                await release_model(run, self._registry, self._base_of(run.base_model), self._futures)
+                await release_model(
+                    run, self._registry, self._base_of(run.base_model), self._futures, keep_weights=True
+                )
             except TinkerError as error:
                 output = describe_error(error)
             self._resolve(entry.accepted.request_id, output)
 
         self._run_behind(release())
 
+    def _find_run(self, entry: PendingResult) -> FindRun:
+        """How to find the run of a model's id, if that is taken.
+
+        A run that an earlier process recorded for this very request, without living to say so, does not count.
+        """
+
+        async def find(model_id: str) -> TrainingRunRecord | None:
+            run = await self._registry.control.get_run(model_id)
+            unfinished = entry.recovered and not self._registry.is_live(model_id)
+            return None if unfinished else run
+
+        return find
+
     def _enqueue(self, base: BaseModel, request: EngineRequest, entry: PendingResult, run: TrainingRunRecord) -> None:
-        num_tokens = 0
         if isinstance(request, ForwardBackwardInput):
             try:
-                num_tokens = base.count_tokens(request.data)
+                entry.num_tokens = base.count_tokens(request.data)
             except TinkerError:
                 self._take_slot(entry, request.seq_id)
                 raise
+        self.begin(entry, run)
+        base.submit(queued(entry, run.model_id, seq_id_of(request)))
+
+    def begin(self, entry: PendingResult, run: TrainingRunRecord) -> None:
+        """Count a training request as one in flight."""
         self._limiter.begin(
             entry.accepted.request_id,
             Metered(
                 caller=entry.caller,
                 base_model=run.base_model,
-                num_tokens=num_tokens,
-                max_tokens=num_tokens,
+                num_tokens=entry.num_tokens,
+                max_tokens=entry.num_tokens,
                 model_id=run.model_id,
                 session_id=run.session_id,
                 run_id=run.model_id,
                 project_id=run.project_id,
             ),
         )
-        base.submit(
-            QueuedRequest(
-                request_id=entry.accepted.request_id,
-                request_type=type_of(request),
-                model_id=run.model_id,
-                seq_id=seq_id_of(request),
-                num_tokens=num_tokens,
-            )
-        )
 
     def _take_slot(self, entry: PendingResult, seq_id: int) -> None:
         """Let a failed request's turn pass, so that its model's later requests do not wait for it."""
         try:
             run = self._registry.model(entry.accepted.model_id or "", entry.owner)
-            self._base_of(run.base_model).submit(
-                QueuedRequest(
-                    request_id=entry.accepted.request_id,
-                    request_type=entry.accepted.request_type,
-                    model_id=run.model_id,
-                    seq_id=seq_id,
-                )
-            )
+            self._base_of(run.base_model).submit(queued(entry, run.model_id, seq_id))
         except TinkerError as error:
             log.info("request %s has no place in an order: %s", entry.accepted.request_id, error)
 
-    def _submit_sample(self, request: SampleInput, record: SamplerRecord, caller: Caller) -> AcceptedRequest:
-        repeated = self._acceptance.find(caller.owner, identity_of(request))
+    async def _submit_sample(self, request: SampleInput, record: SamplerRecord, caller: Caller) -> AcceptedRequest:
+        repeated = await self._acceptance.find(caller.owner, identity_of(request))
         if repeated is not None:
             return repeated
         if request.num_samples < 1:
             raise InvalidRequestError(f"num_samples={request.num_samples} must be at least 1")
-        base = self._base_of(record.base_model)
-        metered = base.meter_sample(request, record, caller)
+        metered = self._base_of(record.base_model).meter_sample(request, record, caller)
         self._limiter.admit_sample(caller, metered.max_tokens)
-        entry, request = self._acceptance.accept(request, caller)
+        return await to_its_end(self._take_in_sample(request, record, metered))
+
+    async def _take_in_sample(self, request: SampleInput, record: SamplerRecord, metered: Metered) -> AcceptedRequest:
+        tokens = Tokens(num=metered.num_tokens, most=metered.max_tokens)
+        accepted = await self._acceptance.accept(request, metered.caller, tokens)
+        if isinstance(accepted, AcceptedRequest):
+            return accepted
+        entry, request = accepted
         entry.base_model = record.base_model
         self._limiter.begin(entry.accepted.request_id, metered)
-        self._sampling.start(request, record, entry, base)
+        self._sampling.start(request, record, entry, self._base_of(record.base_model))
         return entry.accepted
 
     def _base_of(self, name: str) -> BaseModel:
         return base_named(name, self._bases)
+
+
+def queued(entry: PendingResult, model_id: str, seq_id: int) -> QueuedRequest:
+    """What the scheduler needs to know of a request."""
+    return QueuedRequest(
+        request_id=entry.accepted.request_id,
+        request_type=entry.accepted.request_type,
+        model_id=model_id,
+        seq_id=seq_id,
+        num_tokens=entry.num_tokens,
+    )
 
 
 def base_named(name: str, bases: Mapping[str, BaseModel]) -> BaseModel:

@@ -13,7 +13,7 @@ import attrs
 
 from tinker_core.engine.audit import AuditLog
 from tinker_core.engine.clock import Clock
-from tinker_core.errors import AuthenticationError, UnknownKeyError
+from tinker_core.errors import AuthenticationError, DatabaseUnavailableError, UnknownKeyError
 from tinker_core.storage.keys import KeyStore
 from tinker_core.types import LOCAL_CALLER, ApiKeyRecord, Caller, KeyLimits
 
@@ -26,6 +26,9 @@ REFRESH_SECONDS = 2.0
 """Age at which what is known of the keys is read again, behind the backs of requests."""
 STALE_SECONDS = 5.0
 """Age at which requests wait until it is read again: a revoked key opens nothing for longer than this."""
+OUTAGE_SECONDS = 600.0
+"""Age up to which what is known of the keys still counts while the database cannot be reached: training goes on, and
+nobody could revoke a key there either."""
 UNKNOWN_KEY_SECONDS = 0.1
 """Time between two readings for unknown keys, which wait for the next one: a new key is known at once, and wrong keys
 cost the database little, however many there are."""
@@ -127,8 +130,15 @@ class KeyRing:
 
     async def _current(self) -> _Known:
         known = self._known
-        if known is None or self._age(known) >= STALE_SECONDS:
+        if known is None:
             return await asyncio.shield(self._start_reading())
+        if self._age(known) >= STALE_SECONDS:
+            try:
+                return await asyncio.shield(self._start_reading())
+            except DatabaseUnavailableError:
+                if self._age(known) >= OUTAGE_SECONDS:
+                    raise
+                return known
         if self._age(known) >= REFRESH_SECONDS:
             self._start_reading()
         return known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Self
 
@@ -13,7 +14,7 @@ from tinker_core.engine.audit import AuditLog
 from tinker_core.engine.checkpoints import Checkpoints
 from tinker_core.engine.clock import Clock
 from tinker_core.engine.copies import Copies, CopyWeightsInput
-from tinker_core.engine.expiry import remove_as_they_expire
+from tinker_core.engine.housekeeping import Housekeeping
 from tinker_core.engine.registry import Registry
 from tinker_core.errors import UnknownCheckpointError, UnknownModelError
 from tinker_core.types import Caller, CheckpointRecord, TinkerPath, TrainingRunRecord
@@ -21,19 +22,18 @@ from tinker_core.types import Caller, CheckpointRecord, TinkerPath, TrainingRunR
 
 @attrs.frozen(kw_only=True)
 class CheckpointFiles:
-    """A checkpoint and the files that it consists of."""
+    """A checkpoint and what it consists of."""
 
     record: CheckpointRecord
-    directory: Path
     sizes: dict[str, int]
-    """Bytes by name below the directory."""
+    """Bytes by name."""
 
 
 class Library:
     """Reads, publishes, copies and removes checkpoints, and notes who did so.
 
     Others' checkpoints are treated as if they did not exist, unless they are public, and then they can only be read.
-    An async context manager: inside it checkpoints are removed as their time runs out.
+    An async context manager: inside it, what is to be removed is removed.
     """
 
     def __init__(
@@ -44,24 +44,26 @@ class Library:
         audit: AuditLog,
         *,
         is_taken: Callable[[str, str], bool],
+        keep_last: int | None = None,
     ) -> None:
         self._checkpoints = checkpoints
+        self._housekeeping = Housekeeping(checkpoints, registry.control, clock, keep_last)
         self._copies = Copies(checkpoints, registry, clock, is_taken=is_taken)
         self._registry = registry
         self._clock = clock
         self._queries = registry.control.checkpoint_queries
         self._audit = audit
-        self._expiry: asyncio.Task[None] | None = None
+        self._tidying: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         await self._checkpoints.open()
-        self._expiry = asyncio.create_task(remove_as_they_expire(self._checkpoints, self._clock))
+        self._tidying = asyncio.create_task(self._housekeeping.run())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._expiry is not None
-        self._expiry.cancel()
-        await asyncio.gather(self._expiry, return_exceptions=True)
+        assert self._tidying is not None
+        self._tidying.cancel()
+        await asyncio.gather(self._tidying, return_exceptions=True)
         await self._copies.close()
 
     def stored_bytes(self, owner: str) -> int:
@@ -104,25 +106,28 @@ class Library:
         return [self._registry.freshen(run) for run in runs], total
 
     async def files(self, path: str, caller: Caller, purpose: str) -> CheckpointFiles:
-        """The files of a checkpoint that the caller may read; the purpose is noted."""
+        """What a checkpoint that the caller may read consists of; the purpose is noted."""
         record = await self._checkpoints.get(path, caller.owner)
+        sizes = await self._checkpoints.sizes(record)
         self._note("checkpoint_read", record, caller, purpose=purpose)
-        return await self._files(record)
+        return CheckpointFiles(record=record, sizes=sizes)
 
-    async def files_of_version(self, path: TinkerPath, version: str) -> CheckpointFiles:
-        """The files that one save request wrote, for whoever holds a signed URL of them.
+    async def version(self, path: TinkerPath, version: str) -> CheckpointRecord:
+        """The checkpoint that one save request wrote, for whoever holds a signed URL of it.
 
         Raises `UnknownCheckpointError` also when something else has been saved under the name since.
         """
         record = await self._checkpoints.find(path)
         if record is None or record.request_id != version:
             raise UnknownCheckpointError(str(path))
-        return await self._files(record)
+        return record
 
-    async def _files(self, record: CheckpointRecord) -> CheckpointFiles:
-        directory = await self._checkpoints.directory(record)
-        sizes = await asyncio.to_thread(self._checkpoints.store.files, record.path)
-        return CheckpointFiles(record=record, directory=directory, sizes=sizes)
+    def reading(self, record: CheckpointRecord, *, verify: bool = True) -> AbstractAsyncContextManager[Path]:
+        """A local directory with the files of a checkpoint, which stay for the length of the block.
+
+        With ``verify``, damaged files raise `DamagedRecordError`.
+        """
+        return self._checkpoints.reading(record, verify=verify)
 
     # --- changing -----------------------------------------------------------------------------------------------------
 

@@ -10,11 +10,12 @@ from tinker_core.engine.acceptance import model_of
 from tinker_core.engine.base_model import BaseModel
 from tinker_core.engine.checkpoints import Checkpoints
 from tinker_core.engine.futures import FutureTable, PendingResult
-from tinker_core.engine.operations import NewModel, require_training_checkpoint
+from tinker_core.engine.payloads import NewModel
 from tinker_core.engine.registry import Registry
-from tinker_core.errors import CheckpointMismatchError, InvalidRequestError, WorkerLostError
-from tinker_core.executors.protocol import ModelName
+from tinker_core.errors import CheckpointMismatchError, InvalidRequestError
 from tinker_core.types import (
+    CheckpointRecord,
+    CheckpointType,
     CreateModelInput,
     LoadWeightsInput,
     OptimizerConfig,
@@ -25,6 +26,15 @@ from tinker_core.types import (
 
 FindSession = Callable[[str, str], Awaitable[SessionRecord]]
 FindRun = Callable[[str], Awaitable[TrainingRunRecord | None]]
+
+
+def require_training_checkpoint(checkpoint: CheckpointRecord) -> None:
+    """Raise `CheckpointMismatchError` for a checkpoint that holds no optimizer state."""
+    if checkpoint.path.kind is not CheckpointType.TRAINING:
+        kind = "sampler" if checkpoint.path.kind is CheckpointType.SAMPLER else "external"
+        raise CheckpointMismatchError(
+            f"{str(checkpoint.path)!r} holds {kind} weights; load a path of kind 'weights', as save_state makes it"
+        )
 
 
 async def new_model(
@@ -103,11 +113,13 @@ async def release_models(
 ) -> None:
     """Unload the models of a finished session, each after the work that was accepted for it."""
     for run in registry.models_of(session_id):
-        await release_model(run, registry, bases[run.base_model], futures)
+        await release_model(run, registry, bases[run.base_model], futures, keep_weights=False)
 
 
-async def release_model(run: TrainingRunRecord, registry: Registry, base: BaseModel, futures: FutureTable) -> None:
-    """Unload a model after the work that was accepted for it."""
+async def release_model(
+    run: TrainingRunRecord, registry: Registry, base: BaseModel, futures: FutureTable, *, keep_weights: bool
+) -> None:
+    """Unload a model after the work that was accepted for it; those who sample from it may keep its weights."""
     waiting = [
         entry.done
         for entry in futures.pending(lambda entry: entry.accepted.model_id == run.model_id)
@@ -115,9 +127,7 @@ async def release_model(run: TrainingRunRecord, registry: Registry, base: BaseMo
     ]
     if waiting:
         await asyncio.wait(waiting)
-    base.remove_model(run.model_id)
+    if keep_weights:
+        await base.revisions.secure(run.model_id)
+    await base.remove_model(run.model_id, keep_weights=keep_weights)
     await registry.remove_model(run.model_id)
-    try:
-        await base.group.call("unload", ModelName(model_id=run.model_id))
-    except WorkerLostError:
-        return  # it went with its process

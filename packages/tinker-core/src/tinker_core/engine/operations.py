@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
-
-import attrs
+from typing import Protocol
 
 from tinker_core.engine.acceptance import sampling_session_id_of
 from tinker_core.engine.base_model import BaseModel
 from tinker_core.engine.checkpoints import Checkpoints
 from tinker_core.engine.clock import Clock
 from tinker_core.engine.external import finish_export, parse_recipients
+from tinker_core.engine.model_state import model_row
+from tinker_core.engine.models import require_training_checkpoint
+from tinker_core.engine.payloads import NewModel, Payload, Payloads
 from tinker_core.engine.registry import Registry
-from tinker_core.errors import CheckpointMismatchError, InvalidRequestError, TinkerError, UnsupportedFeatureError
-from tinker_core.executors.protocol import ModelName, StateCall
+from tinker_core.errors import (
+    CheckpointMismatchError,
+    InvalidRequestError,
+    JournalError,
+    StorageError,
+    TinkerError,
+    UnsupportedFeatureError,
+    WorkerLostError,
+)
+from tinker_core.executors.protocol import StateCall
 from tinker_core.executors.rank_loop import describe_error
 from tinker_core.scheduler import QueuedRequest, Work, WorkKind
+from tinker_core.storage.journal import ModelRow
 from tinker_core.types import (
     CheckpointRecord,
     CheckpointType,
+    CreateModelInput,
     CreateModelOutput,
     EngineOutput,
     EngineRequest,
@@ -42,23 +55,17 @@ from tinker_core.types import (
     SaveWeightsOutput,
     SnapshotParts,
     TinkerPath,
-    TrainingRunRecord,
     check_checkpoint_name,
 )
 
 log = logging.getLogger(__name__)
 
 
-@attrs.frozen(kw_only=True)
-class NewModel:
-    """A model to create, with the checkpoint to fill it from if there is one."""
+class Resolve(Protocol):
+    """Gives a request its result, together with what the journal shall know of its model from then on."""
 
-    run: TrainingRunRecord
-    load: LoadWeightsInput | None = None
-    checkpoint: CheckpointRecord | None = None
-
-
-Payload = EngineRequest | NewModel
+    def __call__(self, request_id: str, output: EngineOutput, cover: ModelRow | None = None) -> None:
+        """The result counts, and is delivered, once both are durable."""
 
 
 class Operations:
@@ -69,28 +76,28 @@ class Operations:
         checkpoints: Checkpoints,
         registry: Registry,
         clock: Clock,
+        payloads: Payloads,
         *,
-        resolve: Callable[[str, EngineOutput], None],
+        resolve: Resolve,
+        complete: Callable[[BaseModel, EngineRequest], EngineRequest],
     ) -> None:
         self._checkpoints = checkpoints
         self._registry = registry
         self._clock = clock
-        self._payloads: dict[str, Payload] = {}
+        self._payloads = payloads
         self._resolve = resolve
-
-    def prepare(self, request_id: str, payload: Payload) -> None:
-        """Keep a request's body until its turn."""
-        self._payloads[request_id] = payload
-
-    def discard(self, request_id: str) -> None:
-        """Forget the body of a request that has its result, whether or not it ran."""
-        self._payloads.pop(request_id, None)
+        self._complete = complete
+        """What admission makes of a request out of the journal."""
 
     async def execute(self, base: BaseModel, work: Work) -> None:
-        """Run one piece of work; every future in it is resolved when this returns."""
+        """Run one piece of work; every future in it is settled when this returns.
+
+        Raises `WorkerLostError`, and then nothing is settled that depends on the workers.
+        """
         # A request that failed when it was accepted keeps its place in the order, without a body.
         requests = [request for request in work.requests if request.request_id in self._payloads]
         try:
+            requests = await self._recall(base, requests)
             if not requests:
                 return
             if work.kind is WorkKind.PASS:
@@ -98,17 +105,52 @@ class Operations:
             elif work.kind is WorkKind.STEP:
                 await self._run_steps(base, requests)
             else:
-                self._resolve(requests[0].request_id, await self._run_single(base, requests[0]))
+                await self._run_single(base, requests[0])
+        except (WorkerLostError, JournalError):
+            raise
         except Exception as error:
             if not isinstance(error, TinkerError):
                 log.exception("work failed: %s", work)
             for request in requests:
-                self._resolve(request.request_id, describe_error(error))
+                self._settle(base, request, describe_error(error))
+
+    async def _recall(self, base: BaseModel, requests: list[QueuedRequest]) -> list[QueuedRequest]:
+        """Read what only the journal has; a request that cannot be read fails, or takes its model with it."""
+        present = []
+        for request in requests:
+            try:
+                if self._payloads.is_recalled(request.request_id):
+                    await self._read(base, request)
+                present.append(request)
+            except TinkerError as error:
+                self._settle(base, request, describe_error(error))
+        return present
+
+    async def _read(self, base: BaseModel, request: QueuedRequest) -> None:
+        body = await self._payloads.read(request.request_id)
+        payload: Payload
+        if isinstance(body, CreateModelInput):
+            payload = NewModel(run=self._registry.model(request.model_id))
+        else:
+            payload = self._complete(base, body)
+        self._payloads.keep(request.request_id, payload)
+
+    def _settle(
+        self, base: BaseModel, request: QueuedRequest, output: EngineOutput, cover: ModelRow | None = None
+    ) -> None:
+        """Give a request its result. A repeated one has it already, and must not come to another end."""
+        if self._payloads.is_replay(request.request_id):
+            self._payloads.discard(request.request_id)
+            if isinstance(output, RequestError):
+                reason = f"repeating request {request.seq_id} failed, which had succeeded before: {output.message}"
+                base.residence.lose(request.model_id, StorageError(reason))
+            return
+        self._resolve(request.request_id, output, cover)
 
     async def _run_pass(self, base: BaseModel, requests: list[QueuedRequest]) -> None:
         passes = []
         for request in requests:
-            body = self._payloads[request.request_id]
+            body = self._payloads.get(request.request_id)
             assert isinstance(body, ForwardBackwardInput)
             passes.append(
                 PreparedModelPass(
@@ -121,14 +163,13 @@ class Operations:
                     custom_loss=body.custom_loss,
                 )
             )
-        self._answer(
-            requests, await base.group.call("forward_backward", PreparedModelPassBatch(requests=tuple(passes)))
-        )
+        results = await base.group.call("forward_backward", PreparedModelPassBatch(requests=tuple(passes)))
+        self._answer(base, requests, results)
 
     async def _run_steps(self, base: BaseModel, requests: list[QueuedRequest]) -> None:
         steps = []
         for request in requests:
-            body = self._payloads[request.request_id]
+            body = self._payloads.get(request.request_id)
             assert isinstance(body, OptimStepInput)
             steps.append(
                 PreparedOptimStep(
@@ -138,9 +179,11 @@ class Operations:
                     optimizer_params=body.optimizer_params,
                 )
             )
-        self._answer(requests, await base.group.call("optim_step", tuple(steps)))
+        self._answer(base, requests, await base.group.call("optim_step", tuple(steps)))
 
-    def _answer(self, requests: list[QueuedRequest], results: Iterable[ModelPassResult | OptimStepResult]) -> None:
+    def _answer(
+        self, base: BaseModel, requests: list[QueuedRequest], results: Iterable[ModelPassResult | OptimStepResult]
+    ) -> None:
         """Resolve each request by its result; a trainer that leaves one out must not leave its client waiting."""
         by_id = {result.request_id: result.output or result.error for result in results}
         for request in requests:
@@ -149,53 +192,67 @@ class Operations:
                 output = RequestError(
                     category="server", code="MissingResult", message="the trainer returned no result for this request"
                 )
-            self._resolve(request.request_id, output)
+            self._settle(base, request, output)
 
-    async def _run_single(self, base: BaseModel, request: QueuedRequest) -> EngineOutput:
-        body = self._payloads[request.request_id]
+    async def _run_single(self, base: BaseModel, request: QueuedRequest) -> None:
+        body = self._payloads.get(request.request_id)
+        cover = None
         if isinstance(body, NewModel):
-            return await self._create(base, body)
-        if isinstance(body, LoadWeightsInput):
-            return await self._load(base, body)
+            output, cover = await self._create(base, body)
+        elif isinstance(body, LoadWeightsInput):
+            output, cover = await self._load(base, body)
+        else:
+            output = await self._save_any(base, body, request.request_id)
+        self._settle(base, request, output, cover)
+
+    async def _save_any(self, base: BaseModel, body: Payload, request_id: str) -> SaveWeightsOutput:
+        finished = await self._checkpoints.finished_save(request_id)
+        if finished is not None:  # before a crash; what became of the checkpoint since is not this request's business
+            return SaveWeightsOutput(path=str(finished))
         if isinstance(body, SaveWeightsInput):
-            return await self._save(base, body, request.request_id)
+            return await self._save(base, body, request_id)
         if isinstance(body, SaveWeightsExternalInput):
-            return await self._save_external(base, body, request.request_id)
+            return await self._save_external(base, body, request_id)
         assert isinstance(body, SaveWeightsForSamplerInput)
         if body.path is not None:
-            return await self._save_for_sampler(base, body, body.path, request.request_id)
-        return await self._publish(base, body, request.request_id)
+            return await self._save_for_sampler(base, body, body.path, request_id)
+        return await self._publish(base, body, request_id)
 
     # --- creating and loading -----------------------------------------------------------------------------------------
 
-    async def _create(self, base: BaseModel, new: NewModel) -> EngineOutput:
+    async def _create(self, base: BaseModel, new: NewModel) -> tuple[EngineOutput, ModelRow]:
         run = new.run
         try:
             await self._make(base, new)
+            if new.load is None:
+                cover = model_row(run.model_id, 0, snapshot=None, inflight=None)
+            else:
+                # The checkpoint may be gone when the model has to come back.
+                cover = await base.residence.snapshot(run.model_id, 1)
+            if await self._registry.control.get_run(run.model_id) is None:
+                await self._registry.control.add_run(run)
+        except (WorkerLostError, asyncio.CancelledError):
+            raise  # it will be made again
         except BaseException:
-            base.remove_model(run.model_id)
+            await base.remove_model(run.model_id)
             raise
-        self._registry.add_model(run)
-        await self._registry.control.add_run(run)
+        if not self._registry.is_live(run.model_id):
+            self._registry.add_model(run)
         if new.load is not None:
-            return LoadWeightsOutput(path=new.load.path, model_id=run.model_id)
-        return CreateModelOutput(model_id=run.model_id)
+            return LoadWeightsOutput(path=new.load.path, model_id=run.model_id), cover
+        return CreateModelOutput(model_id=run.model_id), cover
 
     async def _make(self, base: BaseModel, new: NewModel) -> None:
         run = new.run
         model = PreparedModel(model_id=run.model_id, lora_config=run.lora_config, optimizer_config=run.optimizer_config)
         await base.group.call("create", model)
-        base.resident_models.add(run.model_id)
-        if new.load is None or new.checkpoint is None:
-            return
-        try:
+        base.residence.arrived(run.model_id)
+        if new.load is not None and new.checkpoint is not None:
             await self._restore(base, run.model_id, new.checkpoint, with_optimizer=new.load.optimizer)
-        except BaseException:
-            await base.group.call("unload", ModelName(model_id=run.model_id))
-            raise
 
-    async def _load(self, base: BaseModel, body: LoadWeightsInput) -> LoadWeightsOutput:
+    async def _load(self, base: BaseModel, body: LoadWeightsInput) -> tuple[EngineOutput, ModelRow]:
         assert body.model_id is not None
+        assert body.seq_id is not None
         run = self._registry.model(body.model_id)
         checkpoint = await self._checkpoints.get(
             body.path, run.owner, body.weights_access_token, purpose="load_weights"
@@ -204,16 +261,21 @@ class Operations:
             raise CheckpointMismatchError(
                 f"checkpoint {body.path!r} is of base model {checkpoint.base_model!r}, the model of {run.base_model!r}"
             )
-        await self._restore(base, body.model_id, checkpoint, with_optimizer=body.optimizer)
-        return LoadWeightsOutput(path=body.path, model_id=body.model_id)
+        try:
+            await self._restore(base, body.model_id, checkpoint, with_optimizer=body.optimizer)
+            cover = await base.residence.snapshot(body.model_id, body.seq_id + 1)
+        except TinkerError:
+            base.residence.revert(body.model_id)
+            raise
+        return LoadWeightsOutput(path=body.path, model_id=body.model_id), cover
 
     async def _restore(
         self, base: BaseModel, model_id: str, checkpoint: CheckpointRecord, *, with_optimizer: bool
     ) -> None:
         require_training_checkpoint(checkpoint)
-        directory = await self._checkpoints.directory(checkpoint)
         parts = SnapshotParts(optimizer=with_optimizer)
-        await base.group.call("restore", StateCall(model_id=model_id, directory=str(directory), parts=parts))
+        async with self._checkpoints.reading(checkpoint) as directory:
+            await base.group.call("restore", StateCall(model_id=model_id, directory=str(directory), parts=parts))
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
@@ -228,7 +290,9 @@ class Operations:
             overwrite=body.overwrite,
             user_metadata=body.user_metadata,
         ) as directory:
-            await base.group.call("snapshot", StateCall(model_id=body.model_id, directory=str(directory)))
+            await base.group.call(
+                "snapshot", StateCall(model_id=body.model_id, directory=str(directory), background=True)
+            )
         return SaveWeightsOutput(path=str(path))
 
     async def _save_for_sampler(
@@ -244,7 +308,9 @@ class Operations:
             overwrite=False,
             user_metadata=body.user_metadata,
         ) as directory:
-            await base.group.call("export", StateCall(model_id=body.model_id, directory=str(directory)))
+            await base.group.call(
+                "export", StateCall(model_id=body.model_id, directory=str(directory), background=True)
+            )
         return SaveWeightsOutput(path=str(path))
 
     async def _save_external(
@@ -261,7 +327,9 @@ class Operations:
             overwrite=False,
             user_metadata=None,
         ) as directory:
-            await base.group.call("export", StateCall(model_id=body.model_id, directory=str(directory)))
+            await base.group.call(
+                "export", StateCall(model_id=body.model_id, directory=str(directory), background=True)
+            )
             await finish_export(directory, recipients)
         return SaveWeightsOutput(path=str(path))
 
@@ -273,16 +341,26 @@ class Operations:
             raise InvalidRequestError("ttl_seconds applies to named saves; an ephemeral save lives with its session")
         run = self._registry.model(body.model_id)
         session_id = sampling_session_id_of(run.session_id, body.sampling_session_seq_id)
-        if await self._registry.find_sampler(session_id) is not None:
+        existing = await self._registry.find_sampler(session_id)
+        if existing is not None and not self._payloads.is_again(request_id):
             raise InvalidRequestError(
                 f"sampling_session_seq_id={body.sampling_session_seq_id} has a sampling session already; count on"
             )
         revision = f"{body.model_id}@{request_id}"
-        await self._publish_revision(base, body.model_id, revision)
+        if existing is None or self._is_wanted(body, revision):
+            await self._publish_revision(base, body.model_id, revision)
+        else:
+            await base.revisions.drop(revision)
+        if existing is not None:
+            return SaveWeightsOutput(sampling_session_id=session_id)
         if body.kind is SamplerSaveKind.INFLIGHT:
             revision = await self._move_inflight(base, body.model_id, revision)
         await self._registry.add_sampler(session_id, run, revision=revision, now=self._clock.now())
         return SaveWeightsOutput(sampling_session_id=session_id)
+
+    def _is_wanted(self, body: SaveWeightsForSamplerInput, revision: str) -> bool:
+        """Whether weights that were published before are sampled from: not those that an inflight save replaced."""
+        return body.kind is not SamplerSaveKind.INFLIGHT or self._registry.inflight.get(body.model_id) == revision
 
     async def _publish_revision(self, base: BaseModel, model_id: str, revision: str) -> None:
         if not base.shares_process:
@@ -291,7 +369,7 @@ class Operations:
             )
 
         async def export(directory: Path) -> None:
-            await base.group.call("export", StateCall(model_id=model_id, directory=str(directory)))
+            await base.group.call("export", StateCall(model_id=model_id, directory=str(directory), background=True))
 
         await base.revisions.publish_live(revision, model_id, export)
 
@@ -299,7 +377,7 @@ class Operations:
         """Point the model's inflight target at new weights; sampling sessions keep the target's name."""
         old = self._registry.inflight.get(model_id)
         self._registry.inflight[model_id] = revision
-        if old is not None:
+        if old is not None and old != revision:
             await base.revisions.drop(old)
         return inflight_name(model_id)
 
@@ -307,15 +385,6 @@ class Operations:
 def inflight_name(model_id: str) -> str:
     """The revision name that stands for whatever a model's latest inflight save published."""
     return f"{model_id}@inflight"
-
-
-def require_training_checkpoint(checkpoint: CheckpointRecord) -> None:
-    """Raise `CheckpointMismatchError` for a checkpoint that holds no optimizer state."""
-    if checkpoint.path.kind is not CheckpointType.TRAINING:
-        kind = "sampler" if checkpoint.path.kind is CheckpointType.SAMPLER else "external"
-        raise CheckpointMismatchError(
-            f"{str(checkpoint.path)!r} holds {kind} weights; load a path of kind 'weights', as save_state makes it"
-        )
 
 
 def _new_path(model_id: str, kind: CheckpointType, name: str) -> TinkerPath:

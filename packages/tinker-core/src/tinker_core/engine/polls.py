@@ -4,28 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from tinker_core.engine.acceptance import sample_scope
 from tinker_core.engine.base_model import BaseModel
-from tinker_core.engine.futures import FutureTable
+from tinker_core.engine.clock import Clock
+from tinker_core.engine.futures import FutureTable, PendingResult
 from tinker_core.engine.registry import Registry
 from tinker_core.engine.sampling import Sampling
 from tinker_core.errors import ResultGoneError, UnsupportedFeatureError
-from tinker_core.types import ACTIVE, CompletionPage, QueueState, QueueStatus, RequestType, SampleTarget
+from tinker_core.types import (
+    ACTIVE,
+    CompletionPage,
+    QueueState,
+    QueueStatus,
+    RequestType,
+    SampleTarget,
+    session_of_run,
+)
 
 
 class Polls:
     """Answers about futures, besides their results."""
 
     def __init__(
-        self, futures: FutureTable, registry: Registry, sampling: Sampling, bases: Mapping[str, BaseModel]
+        self,
+        futures: FutureTable,
+        registry: Registry,
+        sampling: Sampling,
+        bases: Mapping[str, BaseModel],
+        clock: Clock,
     ) -> None:
         self._futures = futures
         self._registry = registry
         self._sampling = sampling
         self._bases = bases
+        self._clock = clock
 
     async def queue_status(self, request_id: str, owner: str) -> QueueStatus:
         """What holds up a request that has no result yet; raises what fetching its result raises."""
         entry = self._futures.get(request_id, owner)
+        self._saw_client_of(entry)
         base = self._bases.get(entry.base_model)
         if entry.done.done() or entry.status != ACTIVE or base is None:
             return entry.status
@@ -47,11 +64,25 @@ class Polls:
     ) -> CompletionPage:
         """Which samples of one sampling client have their results since a cursor, as soon as there is one.
 
-        Results that the client has ``retrieved`` are dropped first. Raises `UnknownSamplerError`, `StaleCursorError`.
+        Results that the client has ``retrieved`` are dropped first. A client that was told nothing yet, or only by an
+        earlier process, is told of all results that are kept for it. Raises `UnknownSamplerError`.
         """
-        await self._registry.sampler(target.sampling_session_id, owner)
+        record = await self._registry.sampler(target.sampling_session_id, owner)
+        self._registry.saw(record.session_id, self._clock.monotonic())
         self._futures.release(target, retrieved)
-        return await self._futures.completions(target, cursor, timeout)
+        if not self._futures.issued(cursor):
+            await self._futures.recall(target, sample_scope(owner, target.sampling_session_id))
+            cursor = 0
+        return await self._futures.completions(target, owner, cursor, timeout)
+
+    def _saw_client_of(self, entry: PendingResult) -> None:
+        """Whoever asks for results is there, also without heartbeats."""
+        if entry.target is not None:
+            session_id: str | None = entry.target.sampling_session_id.rpartition(":sample:")[0]
+        else:
+            session_id = session_of_run(entry.accepted.model_id or "")
+        if session_id:
+            self._registry.saw(session_id, self._clock.monotonic())
 
     async def cancel(self, request_id: str, owner: str) -> None:
         """Stop a sample, running or waiting, and fail its future; one that has its result keeps it.

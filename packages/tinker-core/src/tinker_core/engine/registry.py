@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 
 import attrs
 
-from tinker_core.errors import SessionFinishedError, UnknownModelError, UnknownSamplerError, UnknownSessionError
+from tinker_core.errors import (
+    ForeignSessionError,
+    SessionFinishedError,
+    UnknownModelError,
+    UnknownSamplerError,
+    UnknownSessionError,
+)
 from tinker_core.storage.control import ControlStore
 from tinker_core.types import SamplerRecord, SessionRecord, TrainingRunRecord
 
@@ -45,10 +52,12 @@ class Registry:
         return record
 
     async def require_open(self, session_id: str, owner: str) -> SessionRecord:
-        """A session that takes new work; raises `SessionFinishedError` otherwise."""
+        """A session that takes new work; raises `SessionFinishedError` or `ForeignSessionError` otherwise."""
         record = await self.session(session_id, owner)
         if record.finished_at is not None:
             raise SessionFinishedError(session_id)
+        if record.server_id not in (None, self.control.server_id):
+            raise ForeignSessionError(session_id, record.server_id)
         return record
 
     async def finish_session(self, record: SessionRecord, at: datetime, reason: str, detail: str | None) -> None:
@@ -67,13 +76,9 @@ class Registry:
             self._seen.pop(session_id, None)
             self._seen[session_id] = now
 
-    def give_up(self, session_id: str) -> None:
-        """Wait for no more signs of life."""
-        self._seen.pop(session_id, None)
-
-    def longest_silent(self) -> tuple[str, float] | None:
-        """The unfinished session whose client was heard of longest ago, and when that was."""
-        return next(iter(self._seen.items()), None)
+    def silences(self) -> Iterator[tuple[str, float]]:
+        """The unfinished sessions and when their clients were last heard of, longest ago first."""
+        return iter(self._seen.items())
 
     def active_sessions(self, now: float) -> frozenset[str]:
         """Ids of the unfinished sessions whose clients were heard of lately."""
@@ -100,6 +105,10 @@ class Registry:
         if run is None or owner not in (None, run.owner):
             raise UnknownModelError(model_id)
         return run
+
+    def is_live(self, model_id: str) -> bool:
+        """Whether a model exists that can be worked with."""
+        return model_id in self._models
 
     def touch(self, model_id: str, at: datetime) -> None:
         """Note a model's latest request."""

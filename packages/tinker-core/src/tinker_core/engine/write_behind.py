@@ -36,7 +36,10 @@ class WriteBehind:
         assert self._task is not None
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        await self.flush()
+        try:
+            await self.flush()
+        except StorageError as error:
+            log.error("what gathered last is lost: %s", error)
 
     def announce(self) -> None:
         """Note that there is something to write."""

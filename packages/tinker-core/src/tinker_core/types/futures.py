@@ -50,6 +50,11 @@ class SampleTarget:
         """The client that numbers its requests like this."""
         return cls(sampling_session_id=sampling_session_id, clone_id=seq_id // _CLONE_BLOCK)
 
+    @property
+    def seq_ids(self) -> range:
+        """How this client numbers its requests."""
+        return range(self.clone_id * _CLONE_BLOCK, (self.clone_id + 1) * _CLONE_BLOCK)
+
 
 @attrs.frozen(kw_only=True)
 class Completion:
@@ -65,4 +70,4 @@ class CompletionPage:
 
     completions: tuple[Completion, ...]
     cursor: int
-    """Where the next page begins; means something to the process that issued it only."""
+    """Where the next page begins; to a later process it means the beginning."""

@@ -47,7 +47,7 @@ class SamplerCapabilities:
     vocab_size: int
     transports: tuple[Transport, ...]
     max_revisions: int
-    """Revisions that may be resident at once; the engine spills the least recently used beyond."""
+    """Revisions that may be resident at once; beyond, the engine takes away the least recently used."""
     max_topk: int = 64
     modalities: tuple[str, ...] = ("text",)
 
@@ -80,3 +80,43 @@ class EngineMetrics:
     prefilled_tokens: int = 0
     """Prompt tokens of finished samples, computed and cached."""
     sampled_tokens: int = 0
+    oldest_queued_seconds: float = 0.0
+    """How long the training request that has waited longest has waited."""
+    stored_revisions: int = 0
+    """Weights of unfinished sessions that the sampler can read from disk."""
+    stored_revision_bytes: int = 0
+    parked_models: int = 0
+    """Live models that are on disk and not in memory."""
+    samples_waiting: int = 0
+    """Those of the samples in progress that have not begun."""
+    worker_losses: int = 0
+    """How often the workers died unasked."""
+    recovery_seconds: float = 0.0
+    """From the last such death until its models could work again."""
+
+
+@attrs.frozen(kw_only=True)
+class DurabilityMetrics:
+    """How far what was promised to clients is from being safe, and how much room there is for it."""
+
+    journal_bytes: int = 0
+    """Bytes of requests and results in the journal."""
+    journal_max_bytes: int = 0
+    journal_requests: int = 0
+    """Accepted requests without a result."""
+    journal_results: int = 0
+    """Results kept."""
+    journal_waiting: int = 0
+    """Appends that are not durable yet."""
+    journal_waiting_seconds: float = 0.0
+    """How long the oldest of them has waited."""
+    journal_commits: int = 0
+    """Transactions of this process."""
+    journal_full: bool = False
+    """Whether the journal takes no more requests."""
+    snapshot_lag_seconds: float = 0.0
+    """Age of the oldest change to a model that no snapshot covers."""
+    snapshot_lag_requests: int = 0
+    """Requests that would run again after a crash, of all models."""
+    snapshots_written: int = 0
+    snapshots_failed: int = 0

@@ -29,6 +29,8 @@ class SessionRecord:
     finished_at: datetime | None = None
     finish_reason: str | None = None
     finish_detail: str | None = None
+    server_id: str | None = None
+    """The server that it was opened at, which alone can work for it; None is whichever asks."""
 
 
 @attrs.frozen(kw_only=True)
@@ -49,7 +51,7 @@ class TrainingRunRecord:
 
 @attrs.frozen(kw_only=True)
 class CheckpointRecord:
-    """A saved checkpoint; its files lie where the checkpoint store puts this path."""
+    """A saved checkpoint. It exists because of this record, which is written when all of its files are in place."""
 
     path: TinkerPath
     base_model: str
@@ -64,6 +66,47 @@ class CheckpointRecord:
     user_metadata: JsonObject | None = None
     expires_at: datetime | None = None
     public: bool = False
+    version: str | None = None
+    """Names the files of this save among all that were ever saved under the path; None for those of older releases."""
+    server_id: str | None = None
+    """The server that saved it and removes its files; None is whichever asks."""
+
+
+@attrs.frozen(kw_only=True)
+class FinishedSave:
+    """A request that saved a checkpoint: kept also when the checkpoint is replaced or removed."""
+
+    request_id: str
+    path: str
+    created_at: datetime
+    owner: str = LOCAL_OWNER
+    project_id: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class LooseFiles:
+    """Files in the checkpoint store that no checkpoint consists of: those of a save in progress, or to be removed."""
+
+    location: str
+    writer: str | None
+    """Which server is writing them; None for those that may be removed."""
+    created_at: datetime
+    owner: str = LOCAL_OWNER
+    project_id: str | None = None
+    server_id: str | None = None
+    """The server whose files they are; None is whichever asks."""
+
+
+@attrs.frozen(kw_only=True)
+class ServerRecord:
+    """A server, which is a data directory, that keeps its records in this database."""
+
+    server_id: str
+    created_at: datetime
+    store: str | None = None
+    """The remote store of its checkpoints, without credentials; None are files of its own."""
+    owner: str = LOCAL_OWNER
+    project_id: str | None = None
 
 
 @attrs.frozen(kw_only=True)

@@ -271,6 +271,8 @@ class CreateCustomLossInput:
     session_id: str
     custom_loss_seq_id: int
     loss: CustomLoss
+    loss_id: str | None = None
+    """Its name, drawn when the request is accepted."""
 
 
 @attrs.frozen(kw_only=True)
