@@ -17,12 +17,14 @@ import metrics_reference
 
 from tinker_core import Plugins, errors, hookspecs, interfaces
 from tinker_core.training import losses
-from tinker_server import cli
+from tinker_server import plugin_list
 from tinker_server.arguments import make_parser
-from tinker_server.cli import PLUGINS_VARIABLE
+from tinker_server.commands.database import make_database_parser
+from tinker_server.commands.doctor import make_doctor_parser
 from tinker_server.commands.keys import make_keys_parser
 from tinker_server.commands.tokens import make_tokens_parser
 from tinker_server.commands.usage import make_usage_parser
+from tinker_server.plugin_list import PLUGINS_VARIABLE
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 NOTICE = "<!-- Written by scripts/generate_reference.py from the code; do not edit. -->\n\n"
@@ -157,6 +159,7 @@ def cli_page() -> str:
     lines += [
         "tinker-server --backend fsdp --base-model NAME=PATH [--base-model ...] [flags]",
         "tinker-server plugins",
+        "tinker-server doctor [--json] [--systemd] [flags]",
         "```",
     ]
     lines += ["", f"{parser.epilog} `{PLUGINS_VARIABLE}` in the environment: {plain(cli_variable_doc())}", ""]
@@ -184,9 +187,12 @@ def cli_page() -> str:
         *command_section(make_keys_parser()),
         *command_section(make_tokens_parser()),
         *command_section(make_usage_parser()),
+        *command_section(make_database_parser()),
+        *command_section(make_doctor_parser()),
         "## Exit status",
         "",
-        "0 after a signal to stop, 1 when a model did not start, 2 for settings that cannot work.",
+        "0 after a signal to stop; 1 when a model did not start, or server processes kept failing; 2 for settings that",
+        "cannot work.",
         "",
     ]
     return "\n".join(lines)
@@ -209,7 +215,7 @@ def command_section(parser: argparse.ArgumentParser) -> list[str]:
 
 def cli_variable_doc() -> str:
     """What the source says under the name of the environment variable for plugins."""
-    body = ast.parse(inspect.getsource(cli)).body
+    body = ast.parse(inspect.getsource(plugin_list)).body
     for statement, following in itertools.pairwise(body):
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "PLUGINS_VARIABLE":
             assert isinstance(following, ast.Expr)

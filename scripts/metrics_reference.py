@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tinker_server.metrics import FAMILIES, PATH
+from tinker_server.metric_families import FAMILIES
+from tinker_server.metrics import PATH
 
 
 def page() -> str:

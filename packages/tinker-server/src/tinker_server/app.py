@@ -16,6 +16,7 @@ from starlette.routing import BaseRoute, Route
 from tinker_core.engine import Engine
 from tinker_core.errors import PluginError, TinkerError
 from tinker_core.plugins import Plugins
+from tinker_server.access_log import AccessLogMiddleware
 from tinker_server.auth import Authentication, AuthenticationMiddleware
 from tinker_server.client_flags import DEFAULT_FLAGS, ClientFlags
 from tinker_server.errors import (
@@ -26,6 +27,7 @@ from tinker_server.errors import (
     detail,
     path_of,
 )
+from tinker_server.life import ServerLife
 from tinker_server.limits import DEFAULT_LIMITS, Limits
 from tinker_server.metrics import Metrics, MetricsMiddleware, templates_of
 from tinker_server.plugin_list import list_plugins
@@ -59,8 +61,11 @@ def create_app(
     prices: Prices = NO_PRICES,
     jwt_auth: bool = False,
     flags: ClientFlags = DEFAULT_FLAGS,
+    access_log: bool = False,
+    life: ServerLife | None = None,
+    runs_engine: bool = True,
 ) -> Starlette:
-    """An app around an engine, which it starts and stops with its own lifespan.
+    """An app around an engine, which it starts and stops with its own lifespan unless ``runs_engine`` is false.
 
     ``poll_seconds`` bounds one long poll: clients give up reading at 45. ``public_url`` is where clients reach the
     server, when it is not where their requests seem to go; links for downloads begin with it. ``app.state.gate`` is
@@ -79,21 +84,15 @@ def create_app(
         jwt_auth=jwt_auth,
         flags=flags,
     )
-    metrics = Metrics(lambda: engine.metrics(), lambda: services.gate.num_open)
+    metrics = Metrics(engine, services.gate, life or ServerLife())
     templates: dict[object, str] = {}
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        async with engine:
-            engine.counters.observers.append(metrics.observe)
-            yield
-            services.gate.close()
 
     app = Starlette(
         routes=[*_api_routes(services), metrics.route(), _plugins_route(plugins), *_plugin_routes(plugins)],
         exception_handlers=_ERROR_ANSWERS,
-        lifespan=lifespan,
+        lifespan=_lifespan(engine if runs_engine else None, metrics, services.gate),
         middleware=[
+            Middleware(AccessLogMiddleware, enabled=access_log),
             Middleware(MetricsMiddleware, metrics=metrics, templates=templates),
             Middleware(AuthenticationMiddleware, authenticate=Authentication(engine, services.tokens), engine=engine),
         ],
@@ -102,6 +101,23 @@ def create_app(
     app.router.redirect_slashes = False  # a redirect would repeat whatever Host the request names
     app.state.gate = services.gate
     return app
+
+
+def _lifespan(
+    engine: Engine | None, metrics: Metrics, gate: PollGate
+) -> Callable[[Starlette], contextlib.AbstractAsyncContextManager[None]]:
+    """What begins and ends with the app: the engine if there is one to run, and watching it."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with contextlib.AsyncExitStack() as stack:
+            if engine is not None:
+                await stack.enter_async_context(engine)
+            await stack.enter_async_context(metrics.observing())
+            yield
+            gate.close()
+
+    return lifespan
 
 
 _ERROR_ANSWERS: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
@@ -121,10 +137,10 @@ def _plugins_route(plugins: Plugins) -> Route:
 
 def _api_routes(services: Services) -> list[BaseRoute]:
     nouns = (
-        BootstrapRoutes(services),
+        FutureRoutes(services),  # routes are tried in turn, so those that are asked for most come first
         TrainingRoutes(services),
-        FutureRoutes(services),
         SamplingRoutes(services),
+        BootstrapRoutes(services),
         WeightsRoutes(services),
         FileRoutes(services),
         CheckpointRoutes(services),

@@ -12,8 +12,10 @@ from tinker_core.errors import ConfigurationError, PluginError
 from tinker_core.interfaces import Option
 from tinker_core.plugins import Plugins
 from tinker_server import __version__
+from tinker_server.cli import FOREGROUND
 from tinker_server.commands.parsing import Parser
-from tinker_server.config import NO_SAMPLER, ServerConfig, build_config, settings, type_of
+from tinker_server.config import NO_SAMPLER, ServerConfig, settings, type_of
+from tinker_server.config_file import build_config
 
 _DESCRIPTION = "The Tinker API on your own hardware: serves base models for training and sampling with the tinker SDK."
 
@@ -23,6 +25,7 @@ def parse_arguments(arguments: Sequence[str], plugins: Plugins) -> ServerConfig:
     parser = make_parser(plugins)
     given = vars(parser.parse_args(list(arguments)))
     base_models = given.pop("base_model", None) or []
+    given.pop("no_supervisor", None)  # decided before, without reading any settings
     options = {option.name: option for owned in plugin_options(plugins).values() for option in owned}
     config = build_config(given, base_models, tuple(options.values()))
     return _with_chosen_options(config, plugins)
@@ -36,9 +39,13 @@ def make_parser(plugins: Plugins) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         epilog="'tinker-server plugins' lists the installed plugins as JSON. "
+        "'tinker-server doctor' checks machine and settings before a start. "
         "'tinker-server keys' and 'tinker-server usage' are for servers that several people share.",
     )
     parser.add_argument("--version", action="version", version=f"tinker-server {__version__}")
+    parser.add_argument(
+        FOREGROUND, action="store_true", help="serve in this process, for debuggers; nothing restarts it"
+    )
     parser.add_argument("--config", metavar="FILE", help="TOML file with these settings by name, and [[models]]")
     parser.add_argument(
         "--base-model",

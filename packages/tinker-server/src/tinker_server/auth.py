@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tinker_core.engine import Engine
 from tinker_core.errors import AuthenticationError, RateLimitError, StorageError
+from tinker_core.logs import note_in_log
 from tinker_core.types import LOCAL_CALLER, Caller
 from tinker_server.errors import answer_of
 from tinker_server.tokens import Tokens, looks_like_token
@@ -113,6 +114,7 @@ class AuthenticationMiddleware:
                 await answer_of(error)(scope, receive, send)
                 return
             scope[_CALLER] = caller
+            note_in_log(owner=caller.owner)
         await self._app(scope, receive, send)
 
 

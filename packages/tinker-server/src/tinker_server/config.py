@@ -1,12 +1,11 @@
-"""Everything a server is told, from flags and from a TOML file with the same names."""
+"""Everything a server is told: one setting, one flag, one key of its configuration file."""
 
 from __future__ import annotations
 
 import ipaddress
 import math
 import re
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ import attrs
 
 from tinker_core.engine import EngineConfig
 from tinker_core.errors import ConfigurationError
-from tinker_core.interfaces import Option, OptionValue
+from tinker_core.interfaces import OptionValue
+from tinker_core.logs import LOG_FORMAT_VARIABLE, LOG_FORMATS
 from tinker_core.types import BaseModelSpec
-from tinker_server.base_models import check_distinct, make_base_model, parse_base_model
 from tinker_server.client_flags import ClientFlags
 from tinker_server.limits import MIB, Limits
 from tinker_server.prices import Prices
@@ -28,9 +27,16 @@ NO_SAMPLER = "none"
 _PUBLIC_URL = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~/-]*)?")
 
 
-def _setting(default: Any, help_text: str, choices: tuple[str, ...] = (), metavar: str = "") -> Any:  # noqa: ANN401
+def _setting(
+    default: Any,  # noqa: ANN401
+    help_text: str,
+    choices: tuple[str, ...] = (),
+    metavar: str = "",
+    *,
+    secret: bool = False,
+) -> Any:  # noqa: ANN401
     metadata = {"help": help_text, "choices": choices, "metavar": metavar}
-    return attrs.field(default=default, metadata=metadata)
+    return attrs.field(default=default, repr=not secret, metadata=metadata)
 
 
 @attrs.frozen(kw_only=True)
@@ -59,6 +65,18 @@ class ServerConfig:
     max_lora_rank: int = _setting(128, "highest LoRA rank that clients may ask for")
     max_context_length: int | None = _setting(None, "bound on sequence lengths below the base models' own")
     max_decode_batch: int = _setting(64, "most sequences that are sampled together")
+    max_queued_tokens: int = _setting(
+        128 * 1024 * 1024, "most tokens of accepted training without a result; beyond it training waits to be accepted"
+    )
+    max_queued_tokens_per_owner: int = _setting(
+        32 * 1024 * 1024, "most tokens of accepted training without a result of one owner of API keys"
+    )
+    max_queued_samples: int = _setting(
+        32 * 1024, "most samples without a result, half of them of one owner; beyond it samples have to come back"
+    )
+    max_open_polls: int = _setting(
+        12 * 1024, "most long polls that wait for results; more are answered after two seconds"
+    )
     max_revisions: int = _setting(64, "most sampler revisions kept in memory, per base model; more are spilled to disk")
     body_limit: int = _setting(256 * MIB, "most bytes of one request body, before and after decompression")
     control_body_limit: int = _setting(4 * MIB, "most bytes of a body that carries no data to train on or sample from")
@@ -71,7 +89,7 @@ class ServerConfig:
     request_parts: int = _setting(64 * 1024, "most data, chunks, tensors and spans of one request together")
     header_limit: int = _setting(64 * 1024, "most bytes of a request's first line and headers")
     header_timeout: int = _setting(30, "seconds that a request's first line and headers may take")
-    max_connections: int = _setting(16384, "most open connections, and most requests in progress")
+    max_connections: int = _setting(16 * 1024, "most open connections, and most requests in progress")
     public_url: str | None = _setting(
         None, "URL at which clients reach this server, for download links; else what their requests name", metavar="URL"
     )
@@ -100,11 +118,16 @@ class ServerConfig:
         None,
         "control database, for example postgresql+psycopg://user@host/name; else SQLite in --data-dir",
         metavar="URL",
+        secret=True,
     )
     checkpoint_store: str | None = _setting(
         None, "where checkpoints are kept, for example s3://bucket/prefix; else in --data-dir", metavar="URL"
     )
+    checkpoint_cache_bytes: int = _setting(
+        16 * 1024 * MIB, "bytes of checkpoints from --checkpoint-store that --data-dir keeps for the next reading"
+    )
     keep_last: int | None = _setting(None, "newest training checkpoints that each run keeps; without it all of them")
+    log_format: str = _setting("text", "how the log on standard error is written: lines, or JSON objects", LOG_FORMATS)
     access_log: bool = _setting(False, "log every HTTP request")
     jwt_auth: bool = _setting(False, "have clients exchange their API key for a short-lived token; whoami needs it")
     price_training: float | None = _setting(None, "US dollars per million tokens trained, for the billing endpoints")
@@ -122,7 +145,7 @@ class ServerConfig:
                 raise ConfigurationError(f"{flag_of(name)} must be at least {least}, got {value}")
         if self.port > 65535:
             raise ConfigurationError(f"--port must be at most 65535, got {self.port}")
-        for name, choices in (("dtype", DTYPES), ("device", DEVICES)):
+        for name, choices in (("dtype", DTYPES), ("device", DEVICES), ("log_format", LOG_FORMATS)):
             if getattr(self, name) not in choices:
                 raise ConfigurationError(
                     f"{flag_of(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
@@ -170,10 +193,14 @@ class ServerConfig:
             snapshot_seconds=float(self.snapshot_seconds),
             snapshot_bytes=self.snapshot_bytes,
             journal_bytes=self.journal_bytes,
+            max_queued_tokens=self.max_queued_tokens,
+            max_queued_tokens_per_owner=self.max_queued_tokens_per_owner,
+            max_queued_samples=self.max_queued_samples,
             deterministic=self.deterministic,
             grace_seconds=float(self.grace_seconds),
             database_url=self.database_url,
             checkpoint_store=self.checkpoint_store,
+            checkpoint_cache_bytes=self.checkpoint_cache_bytes,
             keep_last=self.keep_last,
             unseen_seconds=float(self.heartbeat_timeout),
             max_lora_rank=self.max_lora_rank,
@@ -183,6 +210,7 @@ class ServerConfig:
             session_seconds=float(self.session_timeout) or None,
             max_result_bytes=self.result_memory,
             options=dict(self.options),
+            worker_environment={LOG_FORMAT_VARIABLE: self.log_format},
         )
 
 
@@ -198,6 +226,10 @@ _MINIMA = {
     "max_context_length": 1,
     "max_decode_batch": 1,
     "max_revisions": 1,
+    "max_queued_tokens": 1024,
+    "max_queued_tokens_per_owner": 1024,
+    "max_queued_samples": 2,
+    "max_open_polls": 1,
     "body_limit": MIB,
     "control_body_limit": 64 * 1024,
     "body_memory": MIB,
@@ -218,6 +250,7 @@ _MINIMA = {
     "snapshot_bytes": MIB,
     "journal_bytes": 16 * MIB,
     "grace_seconds": 0,
+    "checkpoint_cache_bytes": 0,
     "keep_last": 1,
 }
 
@@ -243,69 +276,3 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def build_config(given: Mapping[str, object], base_models: Sequence[str], options: Sequence[Option]) -> ServerConfig:
-    """A configuration from what flags gave, on top of the TOML file that ``given["config"]`` may name.
-
-    ``given`` holds settings and plugin options by field name; ``base_models`` are the raw ``--base-model`` texts, and
-    replace the file's models when there are any. Raises `ConfigurationError` that names the setting.
-    """
-    values = dict(given)
-    path = values.pop("config", None)
-    file_values, file_models = read_config_file(Path(str(path)), options) if path is not None else ({}, ())
-    merged = {**file_values, **values}
-    names = settings()
-    models = check_distinct([parse_base_model(text) for text in base_models] or file_models)
-    own = {key: value for key, value in merged.items() if key in names}
-    chosen = {key.replace("_", "-"): value for key, value in merged.items() if key not in names}
-    return ServerConfig(base_models=models, options=chosen, **own)  # type: ignore[arg-type]
-
-
-def read_config_file(path: Path, options: Sequence[Option]) -> tuple[dict[str, object], tuple[BaseModelSpec, ...]]:
-    """Settings by field name and the ``[[models]]`` of a TOML file."""
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigurationError(f"--config {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--config {path} is not TOML: {error}") from error
-    models = content.pop("models", [])
-    kinds: dict[str, type] = {name: type_of(field) for name, field in settings().items()}
-    kinds |= {option.name.replace("-", "_"): option.type for option in options}
-    values: dict[str, object] = {}
-    for key, value in content.items():
-        field = key.replace("-", "_")
-        if field not in kinds:
-            known = ", ".join(sorted([*(name.replace("_", "-") for name in kinds), "models"]))
-            raise ConfigurationError(f"{path}: unknown key {key!r}; known keys: {known}")
-        values[field] = _checked(f"{path}: {key}", value, kinds[field])
-    return values, _models_of(path, models)
-
-
-def _checked(where: str, value: object, kind: type) -> object:
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise ConfigurationError(f"{where} must be of type {kind.__name__}, got {value!r}")
-    return value
-
-
-_MODEL_KEYS: dict[str, type] = {"name": str, "path": str, "trainable": bool, "sampleable": bool}
-
-
-def _models_of(path: Path, tables: object) -> tuple[BaseModelSpec, ...]:
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise ConfigurationError(f"{path}: models must be tables, written [[models]]")
-    models = []
-    for number, table in enumerate(tables):
-        where = f"{path}: models[{number}]"
-        unknown = sorted(table.keys() - _MODEL_KEYS.keys())
-        if unknown:
-            raise ConfigurationError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(_MODEL_KEYS)}")
-        values = {key: _checked(f"{where}.{key}", value, _MODEL_KEYS[key]) for key, value in table.items()}
-        name, source = values.pop("name", None), values.pop("path", None)
-        if name is None and source is None:
-            raise ConfigurationError(f"{where} needs a name or a path")
-        models.append(make_base_model(str(name or source), str(source or name), **values))  # type: ignore[arg-type]
-    return tuple(models)

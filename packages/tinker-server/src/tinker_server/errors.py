@@ -2,7 +2,8 @@
 
 402, 409 and 425 never appear: clients pause or retry on them for minutes. 408 answers a body that did not arrive in
 time: clients send it again. 429 answers what exceeds an API key's rate, and says how long to wait: clients do, and then
-succeed. It never answers a training request, which would lose its place.
+succeed. It never answers a training request, which would lose its place. 503 says that the same request will succeed
+later: clients send it again, silently, for minutes, and keep the order of their requests meanwhile.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from starlette.responses import Response
 
 from tinker_core.errors import (
     AuthenticationError,
+    DatabaseUnavailableError,
+    JournalError,
+    JournalFullError,
     RateLimitError,
     ResultGoneError,
-    StaleCursorError,
     TinkerError,
     WorkerLostError,
 )
@@ -29,6 +32,9 @@ from tinker_server.wire.body import JSON, BodyTooLargeError
 from tinker_server.wire.rejected import shorten
 
 _LOGGER = logging.getLogger(__name__)
+
+FULL_RETRY_SECONDS = 5.0
+"""After which a request is sent again that the journal had no room for: snapshots make room, and they take a while."""
 
 
 def status_of(error: TinkerError) -> int:
@@ -41,7 +47,7 @@ def status_of(error: TinkerError) -> int:
         return 408
     if isinstance(error, ServerBusyError):
         return 503
-    if isinstance(error, ResultGoneError | StaleCursorError):
+    if isinstance(error, ResultGoneError):
         return 410
     if isinstance(error, AuthenticationError):
         return 401
@@ -49,7 +55,11 @@ def status_of(error: TinkerError) -> int:
         return 429
     if error.category == "user":
         return 404 if isinstance(error, LookupError) else 400
-    return 503 if isinstance(error, WorkerLostError) else 500
+    return 503 if isinstance(error, _TEMPORARY) else 500
+
+
+_TEMPORARY = (WorkerLostError, DatabaseUnavailableError, JournalFullError, JournalError)
+"""What is over after a while, or after a restart."""
 
 
 def detail(message: str, status: int) -> Response:
@@ -79,9 +89,12 @@ def answer_of(error: TinkerError) -> Response:
     if isinstance(error, AuthenticationError):
         # Clients that exchange their key for tokens do so again, once, when told of an invalid token.
         answer.headers["www-authenticate"] = "Bearer" + (' error="invalid_token"' if error.invalid_token else "")
-    if isinstance(error, RateLimitError):
-        answer.headers["retry-after"] = str(math.ceil(error.retry_after))
-        answer.headers["retry-after-ms"] = str(math.ceil(error.retry_after * 1000))
+    wait = error.retry_after if isinstance(error, RateLimitError) else None
+    if isinstance(error, JournalFullError):
+        wait = FULL_RETRY_SECONDS
+    if wait is not None:
+        answer.headers["retry-after"] = str(math.ceil(wait))
+        answer.headers["retry-after-ms"] = str(math.ceil(wait * 1000))
     return answer
 
 

@@ -30,8 +30,10 @@ class Limits:
     """Most bytes of a request's first line and headers together."""
     header_timeout: float = 30.0
     """Seconds from a connection's, or a request's, first byte to the end of its headers."""
-    max_connections: int = 16384
+    max_connections: int = 16 * 1024
     """Most open connections, and most requests in progress; a long poll counts as both."""
+    max_open_polls: int = 12 * 1024
+    """Most polls that wait for results as long as they may; they shall not take up all connections."""
 
 
 DEFAULT_LIMITS = Limits()

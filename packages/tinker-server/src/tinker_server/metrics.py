@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
 
-import attrs
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -14,147 +16,117 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tinker_core.types import EngineMetrics, RequestError, RequestType
+from tinker_core.engine import Engine
+from tinker_core.scheduler import WorkKind
+from tinker_core.types import DurabilityMetrics, EngineMetrics, RequestError, RequestType
+from tinker_server import metric_families as families
+from tinker_server.life import ServerLife
+from tinker_server.metric_families import Family
+from tinker_server.services import PollGate
 from tinker_server.wire.unknown import recording
 
 PATH = "/metrics"
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
+_FILL_BUCKETS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _OTHER = "other"
 
 
-@attrs.frozen
-class Family:
-    """A metric as the reference page shows it."""
-
-    name: str
-    kind: str
-    labels: tuple[str, ...]
-    text: str
-
-    @property
-    def shown_name(self) -> str:
-        """The name as Prometheus reads it."""
-        return f"{self.name}_total" if self.kind == "counter" else self.name
-
-
-_BASE = ("base_model",)
-_GAUGES: tuple[tuple[Family, Callable[[EngineMetrics], int]], ...] = (
-    (
-        Family("tinker_requests_queued", "gauge", _BASE, "Training requests that wait for their turn."),
-        lambda item: item.queued_requests,
-    ),
-    (
-        Family("tinker_requests_running", "gauge", _BASE, "Training requests that run."),
-        lambda item: item.running_requests,
-    ),
-    (
-        Family("tinker_samples_in_progress", "gauge", _BASE, "Samples accepted and not finished."),
-        lambda item: item.samples_in_progress,
-    ),
-    (
-        Family("tinker_models_resident", "gauge", _BASE, "Trainable models in memory."),
-        lambda item: item.resident_models,
-    ),
-    (
-        Family("tinker_revisions_resident", "gauge", _BASE, "Weights that the sampler holds."),
-        lambda item: item.resident_revisions,
-    ),
-)
-_FINISHED = Family(
-    "tinker_requests_finished",
-    "counter",
-    ("base_model", "outcome"),
-    "Requests that have their result; outcome is completed or failed.",
-)
-_TOKENS = Family(
-    "tinker_tokens",
-    "counter",
-    ("base_model", "kind"),
-    "Tokens of finished requests: trained (with or without gradient), prefilled (prompts) or sampled.",
-)
-_POLLS = Family("tinker_open_polls", "gauge", (), "Long polls in progress.")
-_HTTP = Family(
-    "tinker_http_requests",
-    "counter",
-    ("method", "route", "status"),
-    "HTTP requests by the template of their route; status 499 is a connection that ended without an answer.",
-)
-_SECONDS = Family(
-    "tinker_request_seconds",
-    "histogram",
-    ("request_type", "outcome"),
-    "From acceptance to result, by type of request.",
-)
-_UNKNOWN = Family(
-    "tinker_unknown_fields",
-    "counter",
-    ("field",),
-    "Fields that clients sent and this server does not know: the first 100 by name, the rest as other.",
-)
-
-FAMILIES: tuple[Family, ...] = (
-    *(family for family, _ in _GAUGES),
-    _FINISHED,
-    _TOKENS,
-    _POLLS,
-    _HTTP,
-    _SECONDS,
-    _UNKNOWN,
-)
-"""Everything of our own that is served; the client library adds what it knows of the process."""
+def _single(family: Family, value: float) -> Metric:
+    if family.kind == "counter":
+        return CounterMetricFamily(family.name, family.text, value=value)
+    return GaugeMetricFamily(family.name, family.text, value=value)
 
 
 class EngineCollector(Collector):
-    """Reads the engine when somebody asks."""
+    """Reads engine and server when somebody asks."""
 
-    def __init__(self, read: Callable[[], Iterable[EngineMetrics]], open_polls: Callable[[], int]) -> None:
-        self._read = read
-        self._open_polls = open_polls
+    def __init__(self, engine: Engine, gate: PollGate, life: ServerLife) -> None:
+        self._engine = engine
+        self._gate = gate
+        self._life = life
+        self.loop_lag = 0.0
+        """Seconds, as measured for the answer that is being made."""
 
     def collect(self) -> Iterable[Metric]:
         """All families with their values."""
-        return self._families(list(self._read()), self._open_polls())
+        return self._families(list(self._engine.metrics()), self._engine.durability())
 
     def describe(self) -> Iterable[Metric]:
         """All families; asks nobody."""
-        return self._families([], 0)
+        return self._families([], DurabilityMetrics())
 
-    def _families(self, bases: list[EngineMetrics], open_polls: int) -> Iterable[Metric]:
-        for family, value in _GAUGES:
+    def _families(self, bases: list[EngineMetrics], durability: DurabilityMetrics) -> Iterable[Metric]:
+        yield from self._of_base_models(bases)
+        for family, read in families.DURABILITY:
+            yield _single(family, read(durability))
+        for family, read_life in families.LIFE:
+            yield _single(family, read_life(self._life))
+        yield _single(families.POLLS, self._gate.num_open)
+        yield _single(families.LOOP_LAG, self.loop_lag)
+
+    def _of_base_models(self, bases: list[EngineMetrics]) -> Iterable[Metric]:
+        for family, value in families.BASE_MODEL_GAUGES:
             gauge = GaugeMetricFamily(family.name, family.text, labels=family.labels)
             for base in bases:
                 gauge.add_metric([base.base_model], value(base))
             yield gauge
-        finished = CounterMetricFamily(_FINISHED.name, _FINISHED.text, labels=_FINISHED.labels)
-        tokens = CounterMetricFamily(_TOKENS.name, _TOKENS.text, labels=_TOKENS.labels)
+        losses, finished, tokens = (
+            CounterMetricFamily(family.name, family.text, labels=family.labels)
+            for family in (families.WORKER_LOSSES, families.FINISHED, families.TOKENS)
+        )
         for base in bases:
+            losses.add_metric([base.base_model], base.worker_losses)
             finished.add_metric([base.base_model, "completed"], base.completed_requests)
             finished.add_metric([base.base_model, "failed"], base.failed_requests)
             tokens.add_metric([base.base_model, "trained"], base.trained_tokens)
             tokens.add_metric([base.base_model, "prefilled"], base.prefilled_tokens)
             tokens.add_metric([base.base_model, "sampled"], base.sampled_tokens)
-        yield finished
-        yield tokens
-        yield GaugeMetricFamily(_POLLS.name, _POLLS.text, value=open_polls)
+        yield from (losses, finished, tokens)
 
 
 class Metrics:
     """All metrics of one app, in a registry of its own."""
 
-    def __init__(self, read: Callable[[], Iterable[EngineMetrics]], open_polls: Callable[[], int]) -> None:
+    def __init__(self, engine: Engine, gate: PollGate, life: ServerLife) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(EngineCollector(read, open_polls))
+        self._engine = engine
+        self._collector = EngineCollector(engine, gate, life)
+        self.registry.register(self._collector)
         ProcessCollector(registry=self.registry)
-        self._http = Counter(_HTTP.name, _HTTP.text, _HTTP.labels, registry=self.registry)
-        self._unknown = Counter(_UNKNOWN.name, _UNKNOWN.text, _UNKNOWN.labels, registry=self.registry)
-        self._seconds = Histogram(
-            _SECONDS.name, _SECONDS.text, _SECONDS.labels, buckets=_BUCKETS, registry=self.registry
-        )
+        self._http = self._counter(families.HTTP)
+        self._unknown = self._counter(families.UNKNOWN)
+        self._seconds = self._histogram(families.SECONDS, _BUCKETS)
+        self._work_seconds = self._histogram(families.WORK_SECONDS, _BUCKETS)
+        self._fill = self._histogram(families.PASS_FILL, _FILL_BUCKETS)
+
+    def _counter(self, family: Family) -> Counter:
+        return Counter(family.name, family.text, family.labels, registry=self.registry)
+
+    def _histogram(self, family: Family, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(family.name, family.text, family.labels, buckets=buckets, registry=self.registry)
+
+    @contextlib.asynccontextmanager
+    async def observing(self) -> AsyncIterator[None]:
+        """Watch what the engine does for the length of a block."""
+        counters = self._engine.counters
+        counters.observers.append(self.observe)
+        counters.work_observers.append(self.observe_work)
+        try:
+            yield
+        finally:
+            counters.observers.remove(self.observe)
+            counters.work_observers.remove(self.observe_work)
 
     def observe(self, request_type: RequestType, seconds: float, error: RequestError | None) -> None:
         """A request has its result."""
         self._seconds.labels(request_type.value, "completed" if error is None else "failed").observe(seconds)
+
+    def observe_work(self, base_model: str, kind: WorkKind, seconds: float, fill: float) -> None:
+        """A piece of work is done."""
+        self._work_seconds.labels(base_model, kind.value).observe(seconds)
+        if kind is WorkKind.PASS:
+            self._fill.labels(base_model).observe(fill)
 
     def count_http(self, method: str, route: str, status: int) -> None:
         """A request was answered."""
@@ -168,9 +140,19 @@ class Metrics:
         """Where Prometheus reads all of it, as text."""
 
         async def read(_: Request) -> Response:
+            self._collector.loop_lag = await loop_lag()
             return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
 
         return Route(PATH, read, methods=["GET"])
+
+
+async def loop_lag() -> float:
+    """Seconds until the event loop gets round to what is due now."""
+    loop = asyncio.get_running_loop()
+    reached: asyncio.Future[float] = loop.create_future()
+    started = time.monotonic()
+    loop.call_soon(lambda: reached.set_result(time.monotonic() - started))
+    return await reached
 
 
 class MetricsMiddleware:

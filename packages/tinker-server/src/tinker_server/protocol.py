@@ -27,7 +27,6 @@ def _answer(status: str, detail: str) -> bytes:
     return f"{head}retry-after: 1\r\nconnection: close\r\n\r\n{body}".encode()
 
 
-_BUSY = _answer("503 Service Unavailable", "the server has too many connections; try again later")
 _HEAD_TOO_LARGE = _answer("431 Request Header Fields Too Large", "the headers exceed --header-limit; send fewer")
 
 
@@ -79,11 +78,15 @@ class BoundedProtocol(HttpToolsProtocol):
     _reader_check: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take the connection, or refuse it when there are too many."""
+        """Take the connection, or end it when there are too many.
+
+        It gets no answer: clients ask again at once for a result after every status that is not final, but they wait
+        longer and longer after a connection that failed, in all releases.
+        """
         if len(self.connections) >= self.bounds.max_connections:
             self.transport = transport
-            transport.write(_BUSY)
-            transport.close()
+            transport.abort()
+            self.logger.warning("refused a connection: there are --max-connections of them")
             return
         super().connection_made(transport)
         self._set_deadline(self.bounds.header_timeout)

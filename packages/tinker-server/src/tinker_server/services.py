@@ -33,6 +33,10 @@ _LARGE_DECODES = 2
 """Large bodies that are decoded at once. More would be no faster, and each takes many times its bytes meanwhile."""
 
 
+CROWDED_POLL_SECONDS = 2.0
+"""How long a poll may wait that finds as many others as there may be."""
+
+
 class PollGate:
     """Long polls in progress. Closing it ends them at once, so that a server that stops need not wait for them."""
 
@@ -91,6 +95,15 @@ class Services:
         init=False, default=attrs.Factory(lambda self: BodyMemory(self.limits.body_memory), takes_self=True)
     )
     _large_decodes: asyncio.Semaphore = attrs.field(init=False, factory=lambda: asyncio.Semaphore(_LARGE_DECODES))
+
+    def poll_patience(self) -> float:
+        """Seconds that one more long poll may wait for its result.
+
+        Clients ask again at once after every answer that they do not take for final, so a poll too many has to wait
+        here, if for less long; whoever else wants its connection may then have it.
+        """
+        crowded = self.gate.num_open >= self.limits.max_open_polls
+        return min(CROWDED_POLL_SECONDS, self.poll_seconds) if crowded else self.poll_seconds
 
     def caller(self, request: Request) -> Caller:
         """Who sent it, with which key."""

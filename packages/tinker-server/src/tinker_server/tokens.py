@@ -6,7 +6,6 @@ from collections.abc import Callable
 from datetime import datetime
 
 import attrs
-import jwt
 
 from tinker_core.errors import AuthenticationError
 from tinker_core.types import Caller
@@ -47,6 +46,8 @@ class Tokens:
 
     def issue(self, caller: Caller, now: datetime, *, not_after: float | None = None) -> str:
         """A token for a caller, with the claims that clients read; ``not_after`` bounds its life (POSIX time)."""
+        import jwt  # slow to load, and most servers never need it
+
         issued_at = now.timestamp()
         expires_at = issued_at + LIFETIME_SECONDS
         claims = {
@@ -62,6 +63,8 @@ class Tokens:
 
     def read(self, token: str, now: datetime) -> TokenClaims:
         """What a token says; raises `AuthenticationError` if it is forged, damaged or expired, or names no key."""
+        import jwt
+
         try:
             # PyJWT would compare with the machine's clock, not with the server's.
             claims = jwt.decode(

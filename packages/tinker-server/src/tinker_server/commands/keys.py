@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -17,9 +16,9 @@ import attrs
 from tinker_core.engine.audit import audit_record
 from tinker_core.engine.keyring import new_key
 from tinker_core.errors import ConfigurationError, UnknownKeyError
-from tinker_core.storage import ControlStore, database_url
+from tinker_core.storage import ControlStore
 from tinker_core.types import ApiKeyRecord, KeyLimits
-from tinker_server.commands.parsing import Parser, add_common_flags, checked, data_dir_of, duration, render
+from tinker_server.commands.parsing import Parser, add_common_flags, checked, control_url_of, duration, render
 
 _LIMITS = {
     "max_models": "models alive at a time",
@@ -69,18 +68,14 @@ def make_keys_parser() -> argparse.ArgumentParser:
 def run_keys(arguments: Sequence[str]) -> int:
     """Run the command; the exit status. Raises `ConfigurationError` for arguments that cannot work."""
     given = vars(make_keys_parser().parse_args(list(arguments)))
-    data_dir = data_dir_of(given["data_dir"])
-    if given["action"] == "create":
-        data_dir.mkdir(parents=True, exist_ok=True)
-    elif not data_dir.is_dir():
-        raise ConfigurationError(f"there is no data directory {data_dir}; name the server's with --data-dir")
-    text = asyncio.run(_run(data_dir, given))
+    url = control_url_of(given, create=given["action"] == "create")
+    text = asyncio.run(_run(url, given))
     sys.stdout.write(text)
     return 0
 
 
-async def _run(data_dir: Path, given: dict[str, Any]) -> str:
-    control = await ControlStore.open(database_url(data_dir))
+async def _run(url: str, given: dict[str, Any]) -> str:
+    control = await ControlStore.open(url)
     try:
         if given["action"] == "create":
             return await _create(control, given)

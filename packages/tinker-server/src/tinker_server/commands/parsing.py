@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import orjson
 
 from tinker_core.errors import ConfigurationError
+from tinker_core.storage import database_url
 
 _T = TypeVar("_T")
 
@@ -29,12 +30,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """``--data-dir`` and ``--format``."""
+    """``--data-dir``, ``--database-url`` and ``--format``."""
     parser.add_argument(
         "--data-dir",
         default="~/.tinker-server",
         metavar="DIR",
         help="data directory of the server (default: ~/.tinker-server)",
+    )
+    parser.add_argument(
+        "--database-url", metavar="URL", help="control database of the server, if it runs with --database-url"
     )
     parser.add_argument("--format", choices=FORMATS, default="table", help="how to print (default: table)")
 
@@ -42,6 +46,23 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 def data_dir_of(text: str) -> Path:
     """The data directory, as the server would find it."""
     return Path(text).expanduser().resolve()
+
+
+def control_url_of(given: Mapping[str, Any], *, create: bool = False) -> str:
+    """The control database that `add_common_flags` names; ``create`` makes the data directory if it is not there.
+
+    Raises `ConfigurationError` when there is no such data directory.
+    """
+    if given["database_url"] is not None:
+        return str(given["database_url"])
+    data_dir = data_dir_of(given["data_dir"])
+    if create:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    elif not data_dir.is_dir():
+        raise ConfigurationError(
+            f"there is no data directory {data_dir}; name the server's with --data-dir, or its --database-url"
+        )
+    return database_url(data_dir)
 
 
 def checked(what: str, parse: Callable[[str], _T], accept: Callable[[_T], bool]) -> Callable[[str], _T]:

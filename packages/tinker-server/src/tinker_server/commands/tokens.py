@@ -7,15 +7,14 @@ import asyncio
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from tinker_core.engine.access import issue_token, revoke_token
 from tinker_core.engine.audit import audit_record
 from tinker_core.errors import ConfigurationError, UserError
-from tinker_core.storage import ControlStore, database_url
+from tinker_core.storage import ControlStore
 from tinker_core.types import AccessTokenRecord
-from tinker_server.commands.parsing import Parser, add_common_flags, data_dir_of, duration, render
+from tinker_server.commands.parsing import Parser, add_common_flags, control_url_of, duration, render
 
 _COLUMNS = ("token_id", "path", "owner", "created_at", "expires_at", "state")
 
@@ -43,16 +42,14 @@ def make_tokens_parser() -> argparse.ArgumentParser:
 def run_tokens(arguments: Sequence[str]) -> int:
     """Run the command; the exit status. Raises `ConfigurationError` for arguments that cannot work."""
     given = vars(make_tokens_parser().parse_args(list(arguments)))
-    data_dir = data_dir_of(given["data_dir"])
-    if not data_dir.is_dir():
-        raise ConfigurationError(f"there is no data directory {data_dir}; name the server's with --data-dir")
-    sys.stdout.write(asyncio.run(_run(data_dir, given)))
+    url = control_url_of(given)
+    sys.stdout.write(asyncio.run(_run(url, given)))
     return 0
 
 
-async def _run(data_dir: Path, given: dict[str, Any]) -> str:
+async def _run(url: str, given: dict[str, Any]) -> str:
     now = datetime.now(UTC)
-    control = await ControlStore.open(database_url(data_dir))
+    control = await ControlStore.open(url)
     try:
         if given["action"] == "create":
             return await _create(control, given, now)

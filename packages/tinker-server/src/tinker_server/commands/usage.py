@@ -8,13 +8,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 from tinker_core.engine.usage import storage_of
-from tinker_core.errors import ConfigurationError
-from tinker_core.storage import ControlStore, database_url
+from tinker_core.storage import ControlStore
 from tinker_core.types import UsageKind, UsageRecord
-from tinker_server.commands.parsing import Parser, add_common_flags, data_dir_of, duration, render
+from tinker_server.commands.parsing import Parser, add_common_flags, control_url_of, duration, render
 from tinker_server.prices import GIGABYTE
 
 _COLUMNS = ("owner", "key_id", "project_id", "run_id", "base_model", "kind", "amount", "unit")
@@ -42,18 +40,16 @@ def make_usage_parser() -> argparse.ArgumentParser:
 def run_usage(arguments: Sequence[str]) -> int:
     """Run the command; the exit status. Raises `ConfigurationError` for arguments that cannot work."""
     given = vars(make_usage_parser().parse_args(list(arguments)))
-    data_dir = data_dir_of(given["data_dir"])
-    if not data_dir.is_dir():
-        raise ConfigurationError(f"there is no data directory {data_dir}; name the server's with --data-dir")
+    url = control_url_of(given)
     now = datetime.now(UTC)
     after = now - min(given["last"], now - datetime(1970, 1, 1, tzinfo=UTC))
-    records = asyncio.run(_read(data_dir, given["owner"], after, now))
+    records = asyncio.run(_read(url, given["owner"], after, now))
     sys.stdout.write(render(_rows(records, after, now), _COLUMNS, given["format"]))
     return 0
 
 
-async def _read(data_dir: Path, owner: str | None, after: datetime, now: datetime) -> list[UsageRecord]:
-    control = await ControlStore.open(database_url(data_dir))
+async def _read(url: str, owner: str | None, after: datetime, now: datetime) -> list[UsageRecord]:
+    control = await ControlStore.open(url)
     try:
         used = await control.usage.list(after, now, owner)
         stored = [storage_of(record, now) for record in await control.list_all_checkpoints(owner)]

@@ -8,6 +8,7 @@ from starlette.routing import BaseRoute, Route
 
 from tinker_core.engine import NewSession
 from tinker_core.errors import SessionFinishedError
+from tinker_core.logs import note_in_log
 from tinker_server.errors import detail
 from tinker_server.services import Services, answer
 from tinker_server.wire.records import model_to_json
@@ -63,6 +64,7 @@ class BootstrapRoutes:
                 display_name=wanted.display_name,
             )
         )
+        note_in_log(session_id=session.session_id)
         return answer({"type": "create_session", "session_id": session.session_id})
 
     async def heartbeat(self, request: Request) -> Response:

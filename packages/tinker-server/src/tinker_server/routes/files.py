@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from email.utils import format_datetime
 from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
 
-from tinker_core.engine import CheckpointFiles
 from tinker_core.errors import (
     InvalidRequestError,
     StorageError,
@@ -18,7 +20,8 @@ from tinker_core.errors import (
     UnknownCheckpointError,
     UnknownSessionError,
 )
-from tinker_core.types import CheckpointType, TinkerPath
+from tinker_core.storage.checkpoints import files_of
+from tinker_core.types import CheckpointRecord, CheckpointType, TinkerPath
 from tinker_server.services import Services, answer
 from tinker_server.signing import Link, base_url_of
 from tinker_server.tar_stream import PIECE, archive_pieces, archive_size
@@ -32,6 +35,21 @@ _HEADERS = {"cache-control": "private, no-store", "x-content-type-options": "nos
 
 class _File(FileResponse):
     chunk_size = PIECE  # each piece is a step from thread to thread
+
+
+class _OfFiles:
+    """A response that is made from a checkpoint's files, which stay until it is sent."""
+
+    def __init__(
+        self, files: AbstractAsyncContextManager[Path], respond: Callable[[Path], Awaitable[Response]]
+    ) -> None:
+        self._files = files
+        self._respond = respond
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._files as directory:
+            response = await self._respond(directory)
+            await response(scope, receive, send)
 
 
 class FileRoutes:
@@ -94,31 +112,42 @@ class FileRoutes:
 
     # --- following links ----------------------------------------------------------------------------------------------
 
-    async def _files(self, request: Request) -> CheckpointFiles:
+    async def _record(self, request: Request) -> CheckpointRecord:
         version = self._services.signer.check(request)
-        return await self._engine.library.files_of_version(_tinker_path(request), version)
+        return await self._engine.library.version(_tinker_path(request), version)
 
-    async def file(self, request: Request) -> Response:
+    async def file(self, request: Request) -> _OfFiles:
         """One file of a checkpoint, or the range of it that is asked for."""
-        found = await self._files(request)
+        record = await self._record(request)
         name = request.path_params["file"]
-        if name not in found.sizes:
-            raise UnknownCheckpointError(f"{found.record.path}/{name}")
-        return await _whole(found.directory / name, "application/octet-stream", UnknownCheckpointError(name))
 
-    async def archive(self, request: Request) -> Response:
+        async def respond(directory: Path) -> Response:
+            missing = UnknownCheckpointError(f"{record.path}/{name}")
+            if name not in await asyncio.to_thread(files_of, directory):
+                raise missing
+            return await _whole(directory / name, "application/octet-stream", missing)
+
+        # Clients fetch large files in many ranges; checking all files for each would take them far too long.
+        return _OfFiles(self._engine.library.reading(record, verify=False), respond)
+
+    async def archive(self, request: Request) -> _OfFiles:
         """All files of a checkpoint as a tar archive."""
-        found = await self._files(request)
-        mtime = int(found.record.created_at.timestamp())
-        headers = {
-            **_HEADERS,
-            "content-length": str(archive_size(found.sizes, mtime)),
-            "content-disposition": f'attachment; filename="{found.record.path.name}.tar"',
-        }
-        if request.method == "HEAD":
-            return Response(headers=headers, media_type="application/x-tar")
-        pieces = archive_pieces(found.directory, found.sizes, mtime)
-        return StreamingResponse(pieces, headers=headers, media_type="application/x-tar")
+        record = await self._record(request)
+        mtime = int(record.created_at.timestamp())
+
+        async def respond(directory: Path) -> Response:
+            sizes = await asyncio.to_thread(files_of, directory)
+            headers = {
+                **_HEADERS,
+                "content-length": str(archive_size(sizes, mtime)),
+                "content-disposition": f'attachment; filename="{record.path.name}.tar"',
+            }
+            if request.method == "HEAD":
+                return Response(headers=headers, media_type="application/x-tar")
+            pieces = archive_pieces(directory, sizes, mtime)
+            return StreamingResponse(pieces, headers=headers, media_type="application/x-tar")
+
+        return _OfFiles(self._engine.library.reading(record), respond)
 
     async def trace(self, request: Request) -> Response:
         """The trace that was last exported."""

@@ -8,6 +8,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from tinker_core.errors import UnseenClientError
+from tinker_core.logs import note_in_log
+from tinker_core.types import RequestError
 from tinker_server.errors import detail
 from tinker_server.services import Services, answer
 from tinker_server.wire.futures import (
@@ -19,6 +22,7 @@ from tinker_server.wire.futures import (
     read_retrieve_future,
     read_retrieve_futures,
 )
+from tinker_server.wire.rejected import shorten
 from tinker_server.wire.results import LARGE_BYTES, encode, payload_bytes
 
 
@@ -42,10 +46,17 @@ class FutureRoutes:
         services = self._services
         owner = services.owner(request)
         wanted = await services.read(request, read_retrieve_future)
-        output = await services.gate.wait(self._engine.retrieve(wanted.request_id, services.poll_seconds, owner))
+        note_in_log(request_id=shorten(wanted.request_id))
+        patience = services.poll_patience()
+        output = await services.gate.wait(self._engine.retrieve(wanted.request_id, patience, owner))
         if output is None:
             status = await self._engine.polls.queue_status(wanted.request_id, owner)
-            return answer(pending_to_json(wanted.request_id, status), 408)
+            pending = answer(pending_to_json(wanted.request_id, status), 408)
+            if patience < services.poll_seconds:
+                pending.headers["connection"] = "close"
+            return pending
+        if isinstance(output, RequestError) and output.code == UnseenClientError.__name__:
+            return detail(output.message, 410)  # to clients, a request to be sent again
         size = payload_bytes(output)
         if wanted.allow_metadata_only and size >= METADATA_BYTES:
             return answer(announcement_to_json(size))
@@ -58,7 +69,7 @@ class FutureRoutes:
         services = self._services
         owner = services.owner(request)
         wanted = await services.read(request, read_retrieve_futures)
-        longest = services.poll_seconds
+        longest = services.poll_patience()
         poll = self._engine.polls.completions(
             wanted.target,
             owner,

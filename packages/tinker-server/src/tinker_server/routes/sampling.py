@@ -8,6 +8,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from tinker_core.errors import CheckpointMismatchError
+from tinker_core.logs import note_in_log
 from tinker_core.types import CreateSamplingSessionInput
 from tinker_server.services import Services, answer
 from tinker_server.wire.records import sampler_to_json
@@ -69,6 +70,8 @@ class SamplingRoutes:
         caller = self._services.caller(request)
         decoded = await self._services.read(request, read_asample, carries_data=True)
         if isinstance(decoded, RejectedRequest):
-            failed = await self._engine.submit_failed_sample(decoded.model_id, decoded.seq_id, decoded.error, caller)
-            return answer(receipt(failed))
-        return answer(receipt(await self._engine.submit(decoded, caller)))
+            accepted = await self._engine.submit_failed_sample(decoded.model_id, decoded.seq_id, decoded.error, caller)
+        else:
+            accepted = await self._engine.submit(decoded, caller)
+        note_in_log(request_id=accepted.request_id, model_id=accepted.model_id)
+        return answer(receipt(accepted))

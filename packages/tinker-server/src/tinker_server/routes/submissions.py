@@ -7,6 +7,7 @@ from collections.abc import Callable
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tinker_core.logs import note_in_log
 from tinker_core.types import AcceptedRequest, Caller, EngineRequest
 from tinker_server.services import Services, answer
 from tinker_server.wire.body import Body
@@ -30,7 +31,10 @@ async def submit(
 async def accept(services: Services, decoded: EngineRequest | RejectedRequest, caller: Caller) -> AcceptedRequest:
     """Have a request accepted; a rejected one keeps its place and fails in its future."""
     if isinstance(decoded, RejectedRequest):
-        return await services.engine.submit_failed(
+        accepted = await services.engine.submit_failed(
             decoded.model_id, decoded.seq_id, decoded.request_type, decoded.error, caller
         )
-    return await services.engine.submit(decoded, caller)
+    else:
+        accepted = await services.engine.submit(decoded, caller)
+    note_in_log(request_id=accepted.request_id, model_id=accepted.model_id)
+    return accepted

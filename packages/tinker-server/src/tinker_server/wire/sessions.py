@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 
+from tinker_core.engine.copies import check_project_id
 from tinker_core.errors import InvalidRequestError
 from tinker_core.types import JsonObject
 from tinker_server.wire.body import Body
@@ -48,11 +49,14 @@ def read_create_session(body: Body) -> SessionRequest:
     texts = tuple(tag for tag in tags if isinstance(tag, str))
     if len(texts) != len(tags):
         raise InvalidRequestError("tags must be a list of texts")
+    project_id = fields.text("project_id", None)
+    if project_id:
+        check_project_id(project_id)
     request = SessionRequest(
         tags=texts,
         user_metadata=fields.metadata("user_metadata"),
         sdk_version=fields.text("sdk_version", ""),
-        project_id=fields.text("project_id", None),
+        project_id=project_id,
         display_name=fields.text("display_name", None),
     )
     fields.log_unknown()
@@ -71,8 +75,8 @@ def read_finish(body: Body) -> FinishRequest:
     fields.log_unknown()
     if told is not None and not isinstance(told, str):
         raise InvalidRequestError(f"detail must be a string or null, got {show(told)}")
-    # A long traceback is no reason to fail the end of a client's work.
-    return FinishRequest(reason=reason, detail=None if told is None else shorten(told))
+    # A long traceback, or one with characters that cannot be kept, is no reason to fail the end of a client's work.
+    return FinishRequest(reason=reason, detail=None if told is None else shorten(told).replace("\0", "\ufffd"))
 
 
 def read_text(body: Body, key: str) -> str:

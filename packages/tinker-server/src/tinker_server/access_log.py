@@ -1,0 +1,56 @@
+"""What the log knows of an HTTP request: a context for all lines that are written on the way, and a line at its end."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tinker_core.logs import log_context
+from tinker_server.wire.rejected import shorten
+
+_LOGGER = logging.getLogger(__name__)
+_NO_ANSWER = 499
+"""The status of a request whose connection ended without an answer."""
+
+
+class AccessLogMiddleware:
+    """Gives every request a log context, and writes a line for it if wanted. Outermost, so that refusals count too.
+
+    Queries are left out: those of signed links open what they point to.
+    """
+
+    def __init__(self, app: ASGIApp, enabled: bool) -> None:
+        self._app = app
+        self._enabled = enabled
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        with log_context(method=scope["method"], path=shorten(scope["path"])):
+            if not self._enabled:
+                await self._app(scope, receive, send)
+                return
+            await self._logged(scope, receive, send)
+
+    async def _logged(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status = _NO_ANSWER
+        started = time.monotonic()
+
+        async def watch(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        finally:
+            host, port = scope.get("client") or ("unknown", 0)
+            seconds = round(time.monotonic() - started, 6)
+            extra = {"client": f"{host}:{port}", "status": status, "seconds": seconds}
+            request = f"{scope['method']} {shorten(scope['path'])}"
+            _LOGGER.info("%s:%d %r %d", host, port, request, status, extra=extra)
