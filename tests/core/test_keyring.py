@@ -14,8 +14,8 @@ import pytest
 
 from tests.core.conftest import ManualClock
 from tinker_core.engine.audit import AuditLog
-from tinker_core.engine.keyring import STALE_SECONDS, UNKNOWN_KEY_SECONDS, KeyRing, hash_of, new_key
-from tinker_core.errors import AuthenticationError, UnknownKeyError
+from tinker_core.engine.keyring import OUTAGE_SECONDS, STALE_SECONDS, UNKNOWN_KEY_SECONDS, KeyRing, hash_of, new_key
+from tinker_core.errors import AuthenticationError, DatabaseUnavailableError, UnknownKeyError
 from tinker_core.storage import ControlStore, database_url
 from tinker_core.types import LOCAL_CALLER, Caller, KeyLimits
 
@@ -186,5 +186,32 @@ def test_revoking_is_immediate_and_in_the_audit_log(tmp_path: Path) -> None:
             now = lab.clock.now()
             entries = await lab.audit.entries("ann", now - timedelta(minutes=1), now + timedelta(minutes=1))
             assert [(entry.event, entry.category) for entry in entries] == [("key_revoked", "organizations")]
+
+    asyncio.run(body())
+
+
+def test_known_keys_open_for_a_while_when_the_database_is_away(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with open_lab(tmp_path) as lab:
+            key, _ = await lab.make()
+            caller = await lab.ring.caller_with_key(key)
+            read = lab.control.keys.list
+
+            async def away() -> Any:
+                raise DatabaseUnavailableError
+
+            lab.control.keys.list = away  # type: ignore[method-assign]
+            await lab.clock.advance(OUTAGE_SECONDS - 1)
+            assert await lab.ring.caller_with_key(key) == caller
+            asking = asyncio.create_task(lab.ring.caller_with_key("tml-unknown"))
+            await asyncio.sleep(0)
+            await lab.clock.advance(UNKNOWN_KEY_SECONDS)
+            with pytest.raises(DatabaseUnavailableError):
+                await asking
+            await lab.clock.advance(1)
+            with pytest.raises(DatabaseUnavailableError):
+                await lab.ring.caller_with_key(key)
+            lab.control.keys.list = read  # type: ignore[method-assign]
+            assert await lab.ring.caller_with_key(key) == caller
 
     asyncio.run(body())

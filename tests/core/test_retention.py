@@ -1,26 +1,32 @@
-"""Kept results within bounds: who loses what."""
+"""Results in memory within bounds: whose leave it, and that the journal has them."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tinker_core.engine.acceptance import NO_TOKENS, Acceptance
 from tinker_core.engine.clock import SystemClock
 from tinker_core.engine.futures import FutureTable
+from tinker_core.engine.journalling import encode_record
 from tinker_core.engine.request_ids import RequestIds
 from tinker_core.engine.retention import size_of
-from tinker_core.errors import ResultGoneError
+from tinker_core.errors import UnknownRequestError
+from tinker_core.storage.journal import Fate, Journal, ResultRow
 from tinker_core.types import (
     AcceptedRequest,
     Caller,
     EngineOutput,
     ForwardBackwardOutput,
     GeneratedSequence,
+    OptimStepInput,
     OptimStepOutput,
     RequestError,
-    RequestType,
     SampleOutput,
     StopReason,
     TensorData,
@@ -33,63 +39,79 @@ RESULT = ForwardBackwardOutput(
 
 
 class Table:
-    """A future table with one result after the other."""
+    """A future table over a real journal, with one result after the other."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self.ids = RequestIds(bytes(32))
-        self.futures = FutureTable(SystemClock(), self.ids, max_bytes)
+    def __init__(self, journal: Journal, max_memory: int) -> None:
+        self._journal = journal
+        clock = SystemClock()
+        self.futures = FutureTable(clock, RequestIds(bytes(32)), journal, max_memory)
+        self._acceptance = Acceptance(self.futures, journal, clock)
         self._number = 0
 
-    def result(self, owner: str, output: EngineOutput = RESULT) -> str:
+    async def result(self, owner: str) -> str:
         self._number += 1
-        request_id = self.ids.issue(owner)
-        accepted = AcceptedRequest(request_id=request_id, request_type=RequestType.FORWARD)
-        self.futures.add(accepted, Caller(owner=owner), ("model", owner, self._number))
-        self.futures.resolve(request_id, output)
-        return request_id
+        step = OptimStepInput(model_id="m", seq_id=self._number)
+        accepted = await self._acceptance.accept(step, Caller(owner=owner), NO_TOKENS)
+        assert not isinstance(accepted, AcceptedRequest)
+        entry, _ = accepted
+        row = ResultRow(
+            number=entry.number,
+            owner=owner,
+            payload=encode_record(RESULT),
+            fate=Fate.PLACE,
+            keep_until=self.futures.keep_until(),
+        )
+        await self._journal.resolve([row])
+        self.futures.resolve(entry, RESULT)
+        return entry.accepted.request_id
 
-    async def kept(self, owner: str, *request_ids: str) -> list[bool]:
-        return [await self._is_kept(owner, request_id) for request_id in request_ids]
-
-    async def _is_kept(self, owner: str, request_id: str) -> bool:
-        try:
-            return self.futures.get(request_id, owner) is not None
-        except ResultGoneError:
-            return False
+    def in_memory(self, *request_ids: str) -> list[bool]:
+        return [self.futures.entry(request_id) is not None for request_id in request_ids]
 
 
-def test_who_keeps_most_loses_the_oldest_first() -> None:
+@asynccontextmanager
+async def open_table(directory: Path, max_memory: int) -> AsyncIterator[Table]:
+    journal = await Journal.open(directory, max_bytes=10**9)
+    yield Table(journal, max_memory)
+    await journal.close()
+
+
+def test_who_keeps_most_leaves_memory_first_and_loses_nothing(tmp_path: Path) -> None:
     async def run() -> None:
-        table = Table(max_bytes=1_000_000)
-        modest = [table.result("a") for _ in range(3)]
-        greedy = [table.result("b") for _ in range(30)]
-        assert await table.kept("a", *modest) == [True] * 3
-        kept = await table.kept("b", *greedy)
-        assert kept == sorted(kept)
-        assert 4 <= sum(kept) <= 7
+        async with open_table(tmp_path, 1_000_000) as table:
+            modest = [await table.result("a") for _ in range(3)]
+            greedy = [await table.result("b") for _ in range(30)]
+            assert table.in_memory(*modest) == [True] * 3
+            present = table.in_memory(*greedy)
+            assert present == sorted(present)
+            assert 4 <= sum(present) <= 7
+            for request_id in greedy:
+                stored = await table.futures.wait(request_id, "b", 0.0)
+                assert stored is not None
+                assert encode_record(stored) == encode_record(RESULT)
+            with pytest.raises(UnknownRequestError):
+                await table.futures.wait(greedy[0], "a", 0.0)
 
     asyncio.run(run())
 
 
-def test_results_that_were_fetched_go_before_others() -> None:
+def test_results_that_were_fetched_go_before_others(tmp_path: Path) -> None:
     async def run() -> None:
-        table = Table(max_bytes=450_000)
-        first, second, third = (table.result("a") for _ in range(3))
-        await table.futures.wait(second, "a", 0.0)
-        table.result("a")
-        table.result("a")
-        assert await table.kept("a", first, second, third) == [True, False, True]
+        async with open_table(tmp_path, 450_000) as table:
+            first, second, third = [await table.result("a") for _ in range(3)]
+            await table.futures.wait(second, "a", 0.0)
+            await table.result("a")
+            await table.result("a")
+            assert table.in_memory(first, second, third) == [True, False, True]
 
     asyncio.run(run())
 
 
-def test_the_newest_result_can_always_be_fetched() -> None:
+def test_the_newest_result_is_in_memory(tmp_path: Path) -> None:
     async def run() -> None:
-        table = Table(max_bytes=1)
-        old = table.result("a")
-        new = table.result("b")
-        assert await table.kept("a", old) == [False]
-        assert await table.futures.wait(new, "b", 0.0) == RESULT
+        async with open_table(tmp_path, 1) as table:
+            old, new = await table.result("a"), await table.result("b")
+            assert table.in_memory(old, new) == [False, True]
 
     asyncio.run(run())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
@@ -14,8 +15,15 @@ import pytest
 from tests.core.conftest import Client, EngineFactory, ManualClock, forward_backward, optim_step
 from tinker_core.engine import CopyWeightsInput, NewSession
 from tinker_core.engine.access import issue_token, revoke_token
-from tinker_core.errors import InvalidRequestError, UnknownAccessTokenError, UnknownCheckpointError, UnknownModelError
+from tinker_core.errors import (
+    InvalidRequestError,
+    StorageError,
+    UnknownAccessTokenError,
+    UnknownCheckpointError,
+    UnknownModelError,
+)
 from tinker_core.storage import ControlStore, database_url
+from tinker_core.storage.sealed import SEAL_FILE
 from tinker_core.types import (
     LOCAL_CALLER,
     Caller,
@@ -52,7 +60,8 @@ async def listed(client: Client, owner: str = MINE) -> list[str]:
 
 
 def files_below(data_dir: Path) -> list[Path]:
-    return [path for path in (data_dir / "checkpoints").rglob("*") if path.is_file()]
+    """What checkpoints consist of, without their seals."""
+    return [path for path in (data_dir / "checkpoints").rglob("*") if path.is_file() and path.name != SEAL_FILE]
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
@@ -93,7 +102,11 @@ async def _is(value: bool) -> bool:
 
 
 def _size(data_dir: Path) -> int:
-    return sum(file.stat().st_size for file in files_below(data_dir))
+    size = 0
+    for file in files_below(data_dir):
+        with contextlib.suppress(FileNotFoundError):  # it is being removed
+            size += file.stat().st_size
+    return size
 
 
 def test_what_expired_while_no_server_ran_goes_at_the_next_start(open_engine: EngineFactory, tmp_path: Path) -> None:
@@ -105,7 +118,7 @@ def test_what_expired_while_no_server_ran_goes_at_the_next_start(open_engine: En
         async with open_engine(clock=clock) as client:
             assert await listed(client) == []
             await until(lambda: _is(client.engine.library.stored_bytes(MINE) == 0))
-            assert files_below(tmp_path / "data") == []
+            await until(lambda: _is(files_below(tmp_path / "data") == []))
 
     asyncio.run(body())
 
@@ -120,9 +133,10 @@ def test_stored_bytes_follow_every_change(open_engine: EngineFactory, tmp_path: 
             await client.run(forward_backward(model_id, 2))
             await client.run(optim_step(model_id, 3))
             await save(client, model_id, 4, overwrite=True)
-            assert library.stored_bytes(MINE) == _size(tmp_path / "data")
+            await until(lambda: _is(library.stored_bytes(MINE) == _size(tmp_path / "data") > 0))
             await library.delete(path, LOCAL_CALLER)
             assert library.stored_bytes(MINE) == 0
+            await until(lambda: _is(_size(tmp_path / "data") == 0))
 
     asyncio.run(body())
 
@@ -318,6 +332,33 @@ def test_external_weights_are_neither_copied_nor_loaded(open_engine: EngineFacto
             loaded = await client.run(LoadWeightsInput(path=output.path, optimizer=False, model_id=model_id, seq_id=2))
             assert isinstance(loaded, RequestError)
             assert "external" in loaded.message
+
+    asyncio.run(body())
+
+
+def test_a_copy_that_a_crash_interrupted_is_completed_when_it_is_asked_for_again(
+    open_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        async with open_engine() as client:
+            library = client.engine.library
+            path = await save(client, await client.create())
+            request = CopyWeightsInput(source_path=path, destination_project_id="p", idempotency_key="k")
+
+            async def crash(*_: object) -> None:
+                raise StorageError("the process ended here")
+
+            with monkeypatch.context() as dying:
+                dying.setattr(client.engine._registry, "add_session", crash)
+                with pytest.raises(StorageError, match="ended here"):
+                    await library.copy(request, LOCAL_CALLER)
+            copy = await library.copy(request, LOCAL_CALLER)
+            run, found = await library.run(copy.path.run_id, MINE)
+            assert (run.project_id, found) == ("p", [copy])
+            assert (await client.engine.session(run.session_id, MINE)).finished_at is not None
+            await library.delete(str(copy.path), LOCAL_CALLER)
+            with pytest.raises(UnknownCheckpointError):  # it was made; what became of it is known
+                await library.copy(request, LOCAL_CALLER)
 
     asyncio.run(body())
 

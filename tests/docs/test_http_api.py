@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from starlette.routing import Route
 
+from tinker_core.engine.counters import Counters
 from tinker_core.plugins import Plugins
+from tinker_core.types import DurabilityMetrics
 from tinker_server.app import create_app
 from tinker_server.client_flags import ClientFlags
-from tinker_server.metrics import FAMILIES, Metrics
+from tinker_server.life import ServerLife
+from tinker_server.metric_families import FAMILIES
+from tinker_server.metrics import Metrics
+from tinker_server.services import PollGate
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
 PAGE = (REFERENCE / "http-api.md").read_text()
@@ -40,6 +46,7 @@ def test_everything_that_clients_are_told_is_explained(flag: str) -> None:
 
 
 def test_the_families_are_what_is_served() -> None:
-    families = Metrics(lambda: (), lambda: 0).registry.collect()
+    idle: Any = SimpleNamespace(metrics=lambda: (), durability=DurabilityMetrics, counters=Counters())
+    families = Metrics(idle, PollGate(), ServerLife()).registry.collect()
     served = {(family.name, family.type) for family in families if not family.name.startswith("process_")}
     assert served == {(family.name, family.kind) for family in FAMILIES}

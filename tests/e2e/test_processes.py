@@ -17,7 +17,9 @@ def loads_torch(pid: int) -> bool:
 
 def test_torch_is_loaded_by_the_ranks_and_never_by_the_server(server: Server, new_model: NewModel) -> None:
     train(new_model(), 1)
-    [pid] = [pid for pid, args in children_of(os.getpid()).items() if str(server.data_dir) in args]
+    [supervisor] = [pid for pid, args in children_of(os.getpid()).items() if str(server.data_dir) in args]
+    [pid] = children_of(supervisor)
+    assert not loads_torch(supervisor)
     assert not loads_torch(pid)
     ranks = [pid for pid, args in children_of(pid).items() if "tinker_core.executors.rank" in args]
     assert len(ranks) == 2  # one for each base model

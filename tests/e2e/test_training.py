@@ -21,7 +21,7 @@ from tests.e2e.conftest import (
     tokens,
     train,
 )
-from tinker_core.storage.checkpoints import CheckpointStore
+from tinker_core.storage.checkpoints import safe_directory_name
 from tinker_core.types import TinkerPath
 
 PROBE = tokens(20, seed=99)
@@ -89,8 +89,8 @@ def test_exported_adapters_load_in_plain_peft(server: Server, new_model: NewMode
         model = new_model(base_model=base_model, rank=4)
         train(model, 3)
         path = model.save_weights_for_sampler("peft").result().path
-        store = CheckpointStore(server.data_dir / "checkpoints")
-        adapter = store.directory(TinkerPath.parse(path))
+        name = TinkerPath.parse(path).checkpoint_id
+        (adapter,) = server.data_dir.glob(f"checkpoints/{safe_directory_name(model.model_id)}/versions/{name}/*")
         base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
         peft = PeftModel.from_pretrained(base, str(adapter)).eval()
         with torch.no_grad():

@@ -11,6 +11,7 @@ import pytest
 
 from tests.hostile import bombs
 from tests.hostile.bombs import MIB
+from tests.processes import children_of
 from tests.server.test_command import FAKE, running
 from tinker_server.wire.body import PROTOBUF
 
@@ -49,7 +50,8 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, htt
     data = str(tmp_path_factory.mktemp("memory"))
     flags = ["--data-dir", data, "--port", "0", "--body-limit", str(BODY_LIMIT)]
     with running(*FAKE, *flags) as (started, url), httpx.Client(base_url=f"{url}/api/v1", timeout=120) as http:
-        yield started.pid, http
+        [server] = children_of(started.pid)
+        yield server, http
 
 
 def test_memory_stays_bounded(process: tuple[int, httpx.Client]) -> None:

@@ -216,7 +216,7 @@ def test_a_large_answer_is_read_whole(address: tuple[str, int]) -> None:
         assert len(read_all(raw)) > len(LARGE)
 
 
-def test_too_many_connections_are_told_so(address: tuple[str, int]) -> None:
+def test_too_many_connections_are_ended_at_once(address: tuple[str, int]) -> None:
     kept = []
     try:
         for _ in range(LIMITS.max_connections):
@@ -225,7 +225,7 @@ def test_too_many_connections_are_told_so(address: tuple[str, int]) -> None:
             raw.sendall(b"GET /ignore HTTP/1.1\r\nhost: x\r\n\r\n")
             assert read_until(raw, b"ignored").startswith(b"HTTP/1.1 418")
         with connected(address) as refused:
-            assert read_all(refused).startswith(b"HTTP/1.1 503")
+            assert read_all(refused) == b"", "no status would make a client that polls wait"
         kept.pop().close()
         assert_accepted(address)
     finally:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import attrs
 import httpx
 import pytest
 
+from tests.postgres import Postgres
 from tests.serving import serve_in_thread
 from tinker_core.engine import Engine, EngineConfig
 from tinker_core.engine.clock import Clock
@@ -64,7 +65,13 @@ class Api:
 
 @contextlib.contextmanager
 def open_api(
-    data_dir: Path, *, sampler: object = None, clock: Clock | None = None, port: int = 0, **settings: Any
+    data_dir: Path,
+    *,
+    sampler: object = None,
+    clock: Clock | None = None,
+    port: int = 0,
+    engine: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> Iterator[Api]:
     """A server with fake models; ``sampler`` replaces the fake one, ``settings`` go to the app."""
     plugins = Plugins.load("core", FAKE_PLUGIN)
@@ -76,6 +83,7 @@ def open_api(
         backend="fake",
         sampler="fake" if sampler is None else "held",
         plugins=(FAKE_PLUGIN,),
+        **(engine or {}),
     )
     settings = {"poll_seconds": 5.0, "limits": Limits(body_limit=8 * 1024 * 1024), **settings}
     app = create_app(Engine(config, plugins, clock=clock), plugins=plugins, **settings)
@@ -87,3 +95,12 @@ def open_api(
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     with open_api(tmp_path_factory.mktemp("data")) as api:
         yield api
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest) -> str | None:
+    """Of an empty control database, of each kind; None is the one in the data directory."""
+    if request.param == "sqlite":
+        return None
+    postgres: Postgres = request.getfixturevalue("postgres")
+    return postgres.database()

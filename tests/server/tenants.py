@@ -28,11 +28,11 @@ class Tenant(Api):
     key_id: str
 
 
-def make_key(data_dir: Path, owner: str, limits: KeyLimits | None = None) -> tuple[str, str]:
-    """A new key in a data directory, as ``tinker-server keys create`` makes it, and its id."""
+def make_key(data_dir: Path, owner: str, limits: KeyLimits | None = None, url: str | None = None) -> tuple[str, str]:
+    """A new key in a data directory, or at a URL, as ``tinker-server keys create`` makes it, and its id."""
 
     async def make() -> tuple[str, str]:
-        control = await ControlStore.open(database_url(data_dir))
+        control = await ControlStore.open(url or database_url(data_dir))
         try:
             key, record = new_key(owner, f"of {owner}", datetime.now(UTC), limits=limits or KeyLimits())
             await control.keys.add(record)
@@ -61,7 +61,8 @@ def serve_tenants(
     data_dir: Path, owners: Mapping[str, KeyLimits | None], **options: Any
 ) -> Iterator[dict[str, Tenant]]:
     """A server and one tenant for each owner; ``options`` are those of `open_api`."""
-    keys = {owner: make_key(data_dir, owner, limits) for owner, limits in owners.items()}
+    url = options.get("engine", {}).get("database_url")
+    keys = {owner: make_key(data_dir, owner, limits, url) for owner, limits in owners.items()}
     with open_api(data_dir, **options) as api, contextlib.ExitStack() as stack:
         tenants = {}
         for owner, (key, key_id) in keys.items():

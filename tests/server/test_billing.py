@@ -24,7 +24,7 @@ DATA = [datum([3, 4, 5, 6], [4, 5, 6, 7]), datum([9, 8], [8, 7])]
 
 
 @pytest.fixture(scope="module")
-def clock() -> ShiftedClock:
+def clock(database_url: str | None) -> ShiftedClock:
     """It is ten past ten, so that no hour and no day ends meanwhile."""
     clock = ShiftedClock()
     tomorrow = (clock.now() + timedelta(days=1)).replace(hour=10, minute=10)
@@ -33,9 +33,11 @@ def clock() -> ShiftedClock:
 
 
 @pytest.fixture(scope="module")
-def tenants(tmp_path_factory: pytest.TempPathFactory, clock: ShiftedClock) -> Iterator[dict[str, Tenant]]:
-    data_dir = tmp_path_factory.mktemp("data")
-    with serve_tenants(data_dir, {"ann": None, "ben": None}, prices=PRICES, clock=clock) as tenants:
+def tenants(
+    tmp_path_factory: pytest.TempPathFactory, clock: ShiftedClock, database_url: str | None
+) -> Iterator[dict[str, Tenant]]:
+    data_dir, engine = tmp_path_factory.mktemp("data"), {"database_url": database_url}
+    with serve_tenants(data_dir, {"ann": None, "ben": None}, prices=PRICES, clock=clock, engine=engine) as tenants:
         yield tenants
 
 

@@ -14,9 +14,9 @@ from tinker_core.interfaces import Option, TrainerPlugin
 from tinker_core.plugins import Plugins
 from tinker_core.testing.fakes import FAKE_PLUGIN
 from tinker_server.arguments import parse_arguments
-from tinker_server.cli import plugin_names
 from tinker_server.config import ServerConfig, is_loopback
 from tinker_server.devices import choose_device
+from tinker_server.plugin_list import plugin_names
 from tinker_server.prices import Prices
 
 FAKE = ["--backend", "fake", "--sampler", "fake"]

@@ -69,6 +69,29 @@ def test_work_is_counted_by_base_model_type_and_outcome(api: Api) -> None:
     assert value(api, "tinker_request_seconds_count", request_type="forward_backward", outcome="failed") == 1
 
 
+def test_work_journal_and_models_are_measured(api: Api) -> None:
+    before = {name: value(api, name) for name in ("tinker_journal_commits_total", "tinker_journal_requests")}
+    steps = value(api, "tinker_work_seconds_count", kind="step")
+    fills = value(api, "tinker_pass_fill_count", base_model="tiny")
+    model_id = api.model(api.session())
+    api.run("forward_backward", pass_body(model_id, 1))
+    api.run("optim_step", {"model_id": model_id, "seq_id": 2, "adam_params": {}})
+    assert value(api, "tinker_work_seconds_count", base_model="tiny", kind="step") == steps + 1
+    assert value(api, "tinker_pass_fill_count", base_model="tiny") == fills + 1
+    assert value(api, "tinker_pass_fill_sum", base_model="tiny") > 0
+    assert value(api, "tinker_journal_commits_total") > before["tinker_journal_commits_total"]
+    assert value(api, "tinker_journal_requests") == before["tinker_journal_requests"]
+    assert value(api, "tinker_journal_full") == 0
+    assert value(api, "tinker_journal_max_bytes") > value(api, "tinker_journal_bytes") > 0
+    assert value(api, "tinker_snapshot_lag_requests") > 0
+    stuck = api.post("forward_backward", pass_body(model_id, 9)).json()["request_id"]  # 3 to 8 are missing
+    assert value(api, "tinker_requests_queued", base_model="tiny") == 1
+    assert value(api, "tinker_oldest_queued_seconds", base_model="tiny") == 0  # it is not the device that it waits for
+    api.run("optim_step", {"model_id": model_id, "seq_id": 10, "adam_params": {}})
+    api.retrieve(stuck)
+    assert value(api, "tinker_worker_losses_total", base_model="tiny") == 0
+
+
 def test_http_requests_are_counted_by_template_and_never_by_what_clients_write(api: Api) -> None:
     secret = "s-" + "x" * 30
     api.get(f"training_runs/{secret}")

@@ -1,4 +1,4 @@
-"""Samples in flight, as the unmodified SDK sees them: polled together, cancelled, cloned, lost with a server."""
+"""Samples in flight, as the unmodified SDK sees them: polled together, cancelled, cloned, outliving their server."""
 
 from __future__ import annotations
 
@@ -101,10 +101,13 @@ def test_a_poll_names_what_is_new_and_acknowledgements_drop_results(together: Ap
     together.retrieve(other)
     together.retrieve(ids[0])
     assert poll(cursor, timeout=0, retrieved_request_ids=[ids[0], other, "req-unknown"])["completions"] == []
-    assert together.retrieve(ids[0]).status_code == 410
+    assert together.retrieve(ids[0]).status_code == 200  # out of memory, but kept for a while
     assert together.retrieve(ids[1]).status_code == 200
     assert together.retrieve(other).status_code == 200
-    assert together.post("retrieve_futures", {"target": target, "prev_cursor": 5}).status_code == 410
+    # Who comes with the cursor of another server process begins anew, with all that is kept.
+    again = poll(5)
+    assert {item["request_id"] for item in again["completions"]} == {*ids, failing}
+    assert poll(again["cursor"], timeout=0)["completions"] == []
 
 
 def new_sampler(api: Api) -> str:
@@ -174,19 +177,40 @@ def test_only_samples_can_be_cancelled(held: tuple[Api, HeldSampler]) -> None:
     assert (refused.status_code, "only samples" in refused.json()["detail"]) == (400, True)
 
 
-def test_a_sample_that_was_lost_with_its_server_is_sent_again_by_the_client(tmp_path: Path) -> None:
+@pytest.mark.parametrize("polled_together", [False, True])
+def test_a_sample_in_progress_when_its_server_stops_is_finished_by_the_next(
+    tmp_path: Path, polled_together: bool
+) -> None:
     first, second = HeldSampler(), HeldSampler()
-    with open_api(tmp_path / "data", sampler=first, poll_seconds=0.2) as api:
+    settings: dict[str, Any] = {"flags": ClientFlags(retrieve_futures=polled_together), "poll_seconds": 0.2}
+    with open_api(tmp_path / "data", sampler=first, **settings) as api:
         service = tinker.ServiceClient(base_url=api.url)
-        future = service.create_sampling_client(base_model="tiny").result().sample(prompt(HOLD), 1, SHORT)
-        lost = first.wait_started()
-    with open_api(tmp_path / "data", sampler=second, port=int(api.url.rpartition(":")[2]), poll_seconds=0.2) as again:
-        assert second.wait_started() != lost
+        client = service.create_sampling_client(base_model="tiny").result()
+        assert client.sample(prompt(), 1, SHORT).result().sequences
+        future = client.sample(prompt(HOLD), 1, SHORT)
+        waiting = first.wait_started()
+    with open_api(tmp_path / "data", sampler=second, port=int(api.url.rpartition(":")[2]), **settings) as again:
+        assert second.wait_started() == waiting
         second.release()
         assert future.result().sequences[0].tokens == [5, 6]
-        assert again.retrieve(lost).status_code == 410
+        assert client.sample(prompt(), 1, SHORT).result().sequences
+        assert again.retrieve(waiting, "application/x-protobuf").status_code == 200
         assert again.retrieve("req-" + "A" * 36).status_code == 404
         service.close("success", None)
+
+
+def test_who_was_silent_for_long_is_told_to_send_a_sample_that_had_not_begun_again(tmp_path: Path) -> None:
+    sampler = HeldSampler(slots=1)
+    with open_api(tmp_path / "data", sampler=sampler, poll_seconds=0.2, engine={"unseen_seconds": 2.0}) as api:
+        target = new_sampler(api)
+        api.retrieve(asample(api, target, 9))  # the workers run, and polls are signs of life
+        running, waiting = [asample(api, target, seq_id, prompt=prompt_json(HOLD)) for seq_id in range(2)]
+        assert sampler.wait_started() == running
+        assert sampler.wait_cancelled() == waiting
+        gone = api.retrieve(waiting)
+        assert (gone.status_code, "nothing was heard of its client" in gone.text) == (410, True)
+        sampler.release()
+        assert api.retrieve(running, "application/x-protobuf").status_code == 200
 
 
 # --- clones in other processes ----------------------------------------------------------------------------------------

@@ -9,7 +9,13 @@ import pytest
 import tinker
 from tinker import types
 
-from tests.server.conftest import Api
+from tests.server.conftest import Api, open_api
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory, database_url: str | None) -> Iterator[Api]:
+    with open_api(tmp_path_factory.mktemp("data"), engine={"database_url": database_url}) as api:
+        yield api
 
 
 @pytest.fixture
