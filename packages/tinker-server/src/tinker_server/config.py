@@ -81,8 +81,9 @@ class ServerConfig:
     body_limit: int = _setting(256 * MIB, "most bytes of one request body, before and after decompression")
     control_body_limit: int = _setting(4 * MIB, "most bytes of a body that carries no data to train on or sample from")
     body_memory: int = _setting(1024 * MIB, "bytes of request bodies that may arrive and be decoded at a time")
-    result_memory: int = _setting(
-        4096 * MIB, "about how many bytes of results are kept for clients that have not fetched them, or might again"
+    result_bytes: int = _setting(
+        4096 * MIB,
+        "most bytes of results that the journal keeps for clients that have not fetched them, or might again",
     )
     body_timeout: int = _setting(60, "seconds a request body may take, besides what its bytes earn at --body-min-rate")
     body_min_rate: int = _setting(16 * 1024, "bytes per second that a large request body must keep up with")
@@ -208,7 +209,7 @@ class ServerConfig:
             max_revisions=self.max_revisions,
             max_decode_batch=self.max_decode_batch,
             session_seconds=float(self.session_timeout) or None,
-            max_result_bytes=self.result_memory,
+            max_result_bytes=self.result_bytes,
             options=dict(self.options),
             worker_environment={LOG_FORMAT_VARIABLE: self.log_format},
         )
@@ -234,7 +235,7 @@ _MINIMA = {
     "control_body_limit": 64 * 1024,
     "body_memory": MIB,
     "body_timeout": 1,
-    "result_memory": MIB,
+    "result_bytes": MIB,
     "body_min_rate": 1,
     "request_parts": 1,
     "header_limit": 8 * 1024,

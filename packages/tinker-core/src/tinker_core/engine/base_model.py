@@ -64,6 +64,8 @@ class BaseModel:
     recovery_seconds = 0.0
     """From the last loss of the workers until others were ready."""
     _lost_at: float | None = None
+    num_restarts = 0
+    """How often workers died and were started again."""
 
     def __init__(
         self,
@@ -81,12 +83,9 @@ class BaseModel:
         on_idle: Callable[[], None],
     ) -> None:
         self.spec = spec
-        self.scheduler = Scheduler(
-            token_budget=config.pass_tokens, max_models_per_work=1 if config.deterministic else config.max_resident
-        )
+        most = 1 if config.deterministic else config.max_resident
+        self.scheduler = Scheduler(token_budget=config.pass_tokens, max_models_per_work=most)
         self.state = "starting"
-        self.num_restarts = 0
-        """How often workers died and were started again."""
         self._config = config
         self._plugins = plugins
         self._clock = clock

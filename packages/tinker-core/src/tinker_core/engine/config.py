@@ -38,7 +38,7 @@ class EngineConfig:
     unseen_seconds: float = 900.0
     """Samples that have not begun are dropped when nothing was heard of their client for so long."""
     max_result_bytes: int = 4 * 1024**3
-    """About how much memory the results may take that clients have not fetched, or might fetch again."""
+    """Most bytes of results that the journal keeps for clients that have not fetched them, or might again."""
     max_resident_models: int = 64
     """Most models in the memory of a base model's workers; the others wait on disk for their next request."""
     park_seconds: float | None = 3600.0

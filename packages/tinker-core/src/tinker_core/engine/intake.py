@@ -213,7 +213,7 @@ class Intake:
             except TinkerError:
                 self._take_slot(entry, seq_id_of(request))
                 raise
-            self._payloads.keep(entry.accepted.request_id, request)
+            self._payloads.take_in(entry.accepted.request_id, request, number=entry.number, size=entry.size)
         self._enqueue(base, request, entry, run)
 
     def _unload(self, request: UnloadModelInput, entry: PendingResult) -> None:

@@ -22,19 +22,35 @@ class NewModel:
 Payload = EngineRequest | NewModel
 
 
+MEMORY_BYTES = 512 * 1024**2
+"""About how many bytes of bodies wait for their turn in memory; those beyond are read from the journal."""
+
+
 class Payloads:
     """What each request that waits or runs asks for."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, max_memory: int = MEMORY_BYTES) -> None:
         self._journal = journal
+        self._max_memory = max_memory
         self._present: dict[str, Payload] = {}
+        self._sizes: dict[str, int] = {}
+        self._num_bytes = 0
         self._stored: dict[str, int] = {}
         """Numbers of those that only the journal has."""
         self._again: set[str] = set()
         self._replays: set[str] = set()
 
+    def take_in(self, request_id: str, request: EngineRequest, *, number: int, size: int) -> None:
+        """Keep what a new request asks for until its turn: in memory, if there is room for its ``size`` in bytes."""
+        if self._num_bytes + size > self._max_memory:
+            self._stored[request_id] = number
+        else:
+            self._sizes[request_id] = size
+            self._num_bytes += size
+            self._present[request_id] = request
+
     def keep(self, request_id: str, payload: Payload) -> None:
-        """Keep what a new request asks for until its turn."""
+        """Keep what a request asks for whose turn has come, or which makes a model."""
         self._present[request_id] = payload
 
     def recall(self, request_id: str, number: int, *, replay: bool) -> None:
@@ -50,6 +66,7 @@ class Payloads:
     def discard(self, request_id: str) -> None:
         """Forget a request that needs not run, or not again for now."""
         self._present.pop(request_id, None)
+        self._num_bytes -= self._sizes.pop(request_id, 0)
         self._stored.pop(request_id, None)
         self._again.discard(request_id)
         self._replays.discard(request_id)

@@ -181,9 +181,9 @@ def _set_up_sqlite(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
     # The driver opens no transaction around DDL; with its own handling off, BEGIN below covers migrations too.
     assert isinstance(connection, sqlite3.Connection)
     connection.isolation_level = None
+    connection.execute(f"PRAGMA busy_timeout={_BUSY_MILLISECONDS}")  # first: the next line may meet another process
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
-    connection.execute(f"PRAGMA busy_timeout={_BUSY_MILLISECONDS}")
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:
