@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import attrs
 import httpx
 import tinker
 from tinker import types
 
 POLL_SECONDS = 0.01
+PATIENCE_SECONDS = 120.0
 READY = re.compile(r"ready (?:again )?on (\S+)")
 
 
@@ -56,74 +58,100 @@ def supervised(model: Path, *flags: str) -> Iterator[Supervised]:
             process.wait(timeout=60)
 
 
+class Trainee:
+    """A model on such a server, trained by the SDK. It is made from a checkpoint, and so begins with a snapshot."""
+
+    def __init__(self, service: tinker.ServiceClient, data: list[types.Datum], rank: int) -> None:
+        first = service.create_lora_training_client(base_model="bench", rank=rank, train_unembed=False).result()
+        path = first.save_state("state").result().path
+        self._client = service.create_training_client_from_state_with_optimizer(path).result()
+        self._data = data
+        self._num_requests = 0
+
+    def train(self, steps: int) -> float:
+        """Seconds of so many steps."""
+        began = time.perf_counter()
+        for _ in range(steps):
+            passed = self._client.forward_backward(self._data, "cross_entropy")
+            stepped = self._client.optim_step(types.AdamParams(learning_rate=1e-4))
+            passed.result()
+            stepped.result()
+        self._num_requests += 2 * steps
+        return time.perf_counter() - began
+
+    def next_step(self) -> dict[str, object]:
+        """The body of another step, to be sent without the SDK. The model is of no use to the SDK after it."""
+        return {
+            "model_id": self._client.model_id,
+            "seq_id": self._num_requests + 1,
+            "adam_params": {"learning_rate": 1e-4},
+        }
+
+
+@attrs.frozen
+class Recovery:
+    """Seconds from SIGKILL until each was done."""
+
+    accepting: float
+    """A request was in the journal and answered."""
+    ready: float
+    """The workers were loaded."""
+    done: float
+    """That request had its result, after everything before it."""
+
+
+def _recover(server: Supervised, trainee: Trainee) -> Recovery:
+    with httpx.Client(base_url=server.url, timeout=120.0) as http:
+        server.kill_server()
+        killed = time.perf_counter()
+        step = trainee.next_step()
+        future = _until(lambda: http.post("/api/v1/optim_step", json=step)).json()["request_id"]
+        accepting = time.perf_counter() - killed
+        _until(lambda: http.get("/readyz"))
+        ready = time.perf_counter() - killed
+        answer = _until(lambda: http.post("/api/v1/retrieve_future", json={"request_id": future})).json()
+        if "error" in answer:
+            raise RuntimeError(f"the step after the recovery failed: {answer}")
+        return Recovery(accepting, ready, time.perf_counter() - killed)
+
+
 def measure_recovery(
     model: Path, data: list[types.Datum], rank: int, steps: int, flags: tuple[str, ...]
 ) -> dict[str, float]:
-    """Seconds from SIGKILL, ``steps`` steps after a snapshot, until each part of the recovery was done.
+    """Recoveries right after a snapshot and ``steps`` steps after one; the difference is the replay.
 
-    ``load``: the first start, with nothing to recover. ``accepting``: a request was in the journal and answered.
-    ``ready``: the workers were loaded again. ``restored``: the model ran its first request after its snapshot was
-    loaded, replay not begun. ``replayed``: everything since the snapshot was done again, and one step more.
+    ``load_s`` is the first start, with nothing to recover.
     """
     with supervised(model, *flags) as server, tinker.ServiceClient(base_url=server.url, api_key="tml-bench") as service:
-        client = service.create_lora_training_client(base_model="bench", rank=rank, train_unembed=False).result()
-
-        def step() -> None:
-            passed = client.forward_backward(data, "cross_entropy")
-            stepped = client.optim_step(types.AdamParams(learning_rate=1e-4))
-            passed.result()
-            stepped.result()
-
-        step()
-        client.load_state_with_optimizer(client.save_state("before").result().path).result()  # forces a snapshot
-        began = time.perf_counter()
-        for _ in range(steps):
-            step()
-        original = time.perf_counter() - began
-        with httpx.Client(base_url=server.url, timeout=120.0) as http:
-            server.kill_server()
-            killed = time.perf_counter()
-            request = {"model_id": client.model_id, "seq_id": 2 * steps + 5, "adam_params": {"learning_rate": 1e-4}}
-            future = _until(http, lambda: http.post("/api/v1/optim_step", json=request)).json()["request_id"]
-            accepting = time.perf_counter() - killed
-            _until(http, lambda: http.get("/readyz"))
-            ready = time.perf_counter() - killed
-            restored = _wait_resident(http, killed)
-            answer = _until(http, lambda: http.post("/api/v1/retrieve_future", json={"request_id": future})).json()
-            replayed = time.perf_counter() - killed
-            if "error" in answer:
-                raise RuntimeError(f"the step after the recovery failed: {answer}")
+        found = []
+        for num_steps in (0, steps):
+            trainee = Trainee(service, data, rank)
+            original = trainee.train(num_steps)
+            found.append(_recover(server, trainee))
+    at_once, later = found
     return {
         "load_s": round(server.load_seconds, 3),
-        "accepting_s": round(accepting, 3),
-        "ready_s": round(ready, 3),
-        "restored_s": round(restored, 3),
-        "replayed_s": round(replayed, 3),
+        "accepting_s": round(max(at_once.accepting, later.accepting), 3),
+        "ready_s": round(max(at_once.ready, later.ready), 3),
+        "restore_s": round(at_once.done - at_once.ready, 3),
+        "replay_s": round(later.done - later.ready - (at_once.done - at_once.ready), 3),
         "replay_steps": steps,
         "original_s": round(original, 3),
     }
 
 
-def _until(http: httpx.Client, ask: Callable[[], httpx.Response]) -> httpx.Response:
-    """Ask until the answer is 200."""
-    while True:
+def _until(ask: Callable[[], httpx.Response]) -> httpx.Response:
+    """Ask until the answer is 200; raises `RuntimeError` with the last one when it never is."""
+    deadline = time.perf_counter() + PATIENCE_SECONDS
+    last: object = None
+    while time.perf_counter() < deadline:
         try:
             answer = ask()
-        except httpx.TransportError:
-            answer = None
-        if answer is not None and answer.status_code == 200:
-            return answer
+        except httpx.TransportError as error:
+            last = error
+        else:
+            if answer.status_code == 200:
+                return answer
+            last = f"{answer.status_code} {answer.text}"
         time.sleep(POLL_SECONDS)
-
-
-def _wait_resident(http: httpx.Client, killed: float) -> float:
-    """Seconds until a model is in the workers' memory again."""
-    while True:
-        if _gauge(http, "resident_models") > 0:
-            return time.perf_counter() - killed
-        time.sleep(POLL_SECONDS)
-
-
-def _gauge(http: httpx.Client, name: str) -> float:
-    text = http.get("/metrics").raise_for_status().text
-    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(rf"\w*{name}(\{{|\s)", line))
+    raise RuntimeError(f"no good answer within {PATIENCE_SECONDS:.0f} s: {last!r}")

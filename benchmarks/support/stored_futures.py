@@ -48,62 +48,69 @@ class Stored:
     """An engine on a journal with many results, and how long its requests took."""
 
     engine: Engine
-    request_ids: list[str]
+    ids: RequestIds
+    numbers: list[int]
     model_id: str = ""
     seq_id: int = 0
     seconds: list[float] = attrs.field(factory=list)
 
 
-async def fill(data_dir: Path, num: int) -> list[str]:
-    """Put the results of so many optimizer steps of long ago into a journal; their request ids."""
-    await asyncio.to_thread(data_dir.mkdir, parents=True)
-    ids = RequestIds(derive_key(load_secret(data_dir), "request ids"))
+async def fill(data_dir: Path, num: int) -> list[int]:
+    """Put the results of so many optimizer steps of long ago into a journal; their numbers in it."""
     journal = await Journal.open(data_dir / "journal", max_bytes=1 << 40)
-    issued = []
+    stored: list[int] = []
+    resolved: asyncio.Future[None] | None = None
     try:
         for start in range(0, num, AT_ONCE):
-            heads = []
-            for index in range(start, min(num, start + AT_ONCE)):
-                number = journal.next_number()
-                head = RequestHead(
-                    number=number,
-                    request_id=ids.issue(LOCAL_OWNER, number),
-                    request_type=RequestType.OPTIM_STEP,
-                    caller=CALLER,
-                    scope=f"{LOCAL_OWNER}:model:past:train:{index % 1000}",
-                    place=index // 1000,
-                    accepted_at=time.time(),
-                    model_id=None,
-                )
-                heads.append(head)
-            await asyncio.gather(*(journal.accept(_row(head)) for head in heads))
-            await journal.resolve([_result(head, start + index) for index, head in enumerate(heads)])
-            issued += [head.request_id for head in heads]
+            numbers = [journal.next_number() for _ in range(min(AT_ONCE, num - start))]
+            rows = [_row(number, start + index) for index, number in enumerate(numbers)]
+            await asyncio.gather(*map(journal.accept, rows))
+            results = [_result(number, start + index) for index, number in enumerate(numbers)]
+            if resolved is not None:
+                await resolved
+            resolved = journal.resolve(results)
+            stored += numbers
+        if resolved is not None:
+            await resolved
     finally:
         await journal.close()
-    return issued
+    return stored
 
 
-def _row(head: RequestHead) -> AcceptedRow:
+_HEAD = encode_head(
+    RequestHead(
+        number=0,
+        request_id="req-" + "0" * 36,
+        request_type=RequestType.OPTIM_STEP,
+        caller=CALLER,
+        scope=f"{LOCAL_OWNER}:model:past:train:0",
+        place=0,
+        accepted_at=0.0,
+    )
+)
+"""The same for all, which are told apart by what is beside it."""
+
+
+def _row(number: int, index: int) -> AcceptedRow:
     return AcceptedRow(
-        number=head.number,
-        scope=head.scope,
-        place=head.place,
+        number=number,
+        scope=f"{LOCAL_OWNER}:model:past:train:{index % 1000}",
+        place=index // 1000,
         owner=LOCAL_OWNER,
         model_id=None,
         seq_id=None,
-        head=encode_head(head),
+        head=_HEAD,
         body=None,
     )
 
 
-def _result(head: RequestHead, index: int) -> ResultRow:
+def _result(number: int, index: int) -> ResultRow:
     payload = encode_record(OptimStepOutput(metrics={"grad_norm": float(index)}))
     keep_until = time.time() + YEAR
-    return ResultRow(number=head.number, owner=LOCAL_OWNER, payload=payload, fate=Fate.DROP, keep_until=keep_until)
+    return ResultRow(number=number, owner=LOCAL_OWNER, payload=payload, fate=Fate.DROP, keep_until=keep_until)
 
 
-async def _start(stack: AsyncExitStack, data_dir: Path, request_ids: list[str]) -> Stored:
+async def _start(stack: AsyncExitStack, data_dir: Path, numbers: list[int]) -> Stored:
     config = EngineConfig(
         base_models=(BaseModelSpec(name="tiny", path="tiny"),),
         data_dir=data_dir,
@@ -121,7 +128,8 @@ async def _start(stack: AsyncExitStack, data_dir: Path, request_ids: list[str]) 
     created = await engine.retrieve(accepted.request_id, 60.0, LOCAL_OWNER)
     if created is None or isinstance(created, RequestError):
         raise RuntimeError(f"no model: {created}")
-    return Stored(engine=engine, request_ids=request_ids, model_id=accepted.model_id or "")
+    ids = RequestIds(derive_key(load_secret(data_dir), "request ids"))
+    return Stored(engine=engine, ids=ids, numbers=numbers, model_id=accepted.model_id or "")
 
 
 async def _step(stored: Stored, data: tuple[Datum, ...]) -> None:
@@ -144,12 +152,13 @@ async def _step(stored: Stored, data: tuple[Datum, ...]) -> None:
 async def _fetch(stored: Stored, rng: random.Random) -> float:
     """Fetch random stored results; median seconds. Raises `RuntimeError` for a wrong one."""
     seconds = []
-    for index in rng.sample(range(len(stored.request_ids)), NUM_FETCHED):
+    for index in rng.sample(range(len(stored.numbers)), NUM_FETCHED):
+        request_id = stored.ids.issue(LOCAL_OWNER, stored.numbers[index])
         started = time.perf_counter()
-        output = await stored.engine.retrieve(stored.request_ids[index], 1.0, LOCAL_OWNER)
+        output = await stored.engine.retrieve(request_id, 1.0, LOCAL_OWNER)
         seconds.append(time.perf_counter() - started)
         if output != OptimStepOutput(metrics={"grad_norm": float(index)}):
-            raise RuntimeError(f"result {index} of {len(stored.request_ids)} came back as {output}")
+            raise RuntimeError(f"result {index} of {len(stored.numbers)} came back as {output}")
     return statistics.median(seconds)
 
 

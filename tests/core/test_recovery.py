@@ -16,6 +16,7 @@ import pytest
 from tests.core.conftest import Client, EngineFactory, datum, forward_backward, optim_step
 from tinker_core.engine import Engine
 from tinker_core.engine.checkpoints import Checkpoints
+from tinker_core.engine.payloads import Payloads
 from tinker_core.types import (
     LOCAL_CALLER,
     LOCAL_OWNER,
@@ -233,5 +234,19 @@ def test_nobody_waits_for_the_save_of_another_model(
             for accepted in next_steps:
                 assert not isinstance(await client.result(accepted.request_id), RequestError)
             np.testing.assert_array_equal(await logprobs(client, slow, 8), await logprobs(client, quick, 7))
+
+    asyncio.run(body())
+
+
+def test_bodies_that_memory_has_no_room_for_wait_in_the_journal(
+    open_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        expected = await undisturbed(open_engine, 4)
+        monkeypatch.setattr(Payloads.__init__, "__defaults__", (600,))  # bytes: a request or two
+        async with open_engine() as client:
+            model_id = await client.create()
+            assert not [result for result in await work(client, model_id, 1, STEPS) if isinstance(result, RequestError)]
+            np.testing.assert_array_equal(await logprobs(client, model_id, 13), expected)
 
     asyncio.run(body())
