@@ -166,7 +166,7 @@ def main() -> None:
         }
         # A block of the larger model is longer than the interval of its snapshots, which are a share of its cost.
         blocks = (
-            {"tiny": (2.0, 2), "smollm2": (5.0, 1)} if arguments.quick else {"tiny": (8.0, 6), "smollm2": (36.0, 3)}
+            {"tiny": (2.0, 2), "smollm2": (5.0, 1)} if arguments.quick else {"tiny": (6.0, 6), "smollm2": (36.0, 2)}
         )
         if "cost" in parts:
             results["cost"] = {name: measure_cost(name, path, flags, *blocks[name]) for name, path in paths.items()}

@@ -133,7 +133,8 @@ def _done() -> asyncio.Future[None]:
 
 def main() -> int:
     """Serve with the flags that were given."""
-    setattr(tinker_server.serving, "Engine", partial(Engine, open_journal=NoJournal.open))  # noqa: B010
+    without = partial(Engine, open_journal=NoJournal.open)  # type: ignore[arg-type]
+    setattr(tinker_server.serving, "Engine", without)  # noqa: B010
     return run_serve([*sys.argv[1:], *WITHOUT_SNAPSHOTS, FOREGROUND], Supervision())
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.chaos.checks import problems
+from tests.chaos.checks import Likeness, problems
 from tests.chaos.client import LOOPS
 from tests.chaos.plan import draw
 from tests.chaos.run import Setup, fake_setup, real_setup, run_loop
@@ -18,6 +21,7 @@ SEED, KILLS = 20261121, 50
 STEPS = {"supervised": 40, "reinforced": 24}
 SNAPSHOTS = ("--snapshot-steps", "3", "--snapshot-seconds", "2")
 """Often, so that deaths hit them."""
+LOOSELY = {"supervised": Likeness.CLOSE, "reinforced": Likeness.SHAPE}
 SECONDS_PER_KILL = 45.0
 
 
@@ -29,12 +33,14 @@ def main() -> int:
     parser.add_argument("--loop", action="append", choices=sorted(LOOPS), help="only this loop; repeatable")
     parser.add_argument("--backend", choices=["fsdp", "fake"], default="fsdp")
     parser.add_argument("--steps", type=int, help="steps of each loop")
-    parser.add_argument("--loose", action="store_true", help="without --deterministic: equal within a tolerance")
+    parser.add_argument("--loose", action="store_true", help="without --deterministic: compare numbers loosely")
+    parser.add_argument("--flags", default="", help="more flags of tinker-server, such as '--num-ranks 2'")
     parser.add_argument("--keep", type=Path, help="leave data and logs in this directory")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers are stopped
     root = arguments.keep or Path(tempfile.mkdtemp(prefix="tinker-chaos-"))
     root.mkdir(parents=True, exist_ok=True)
-    setup = _setup(arguments.backend, root, exact=not arguments.loose)
+    setup = _setup(arguments.backend, root, shlex.split(arguments.flags), exact=not arguments.loose)
     failed, deaths, started = 0, 0, time.monotonic()
     for loop in arguments.loop or sorted(LOOPS):
         steps = arguments.steps or STEPS[loop]
@@ -42,7 +48,7 @@ def main() -> int:
         points = draw(arguments.seed, arguments.kills, calm.moments)
         timeout = 600 + SECONDS_PER_KILL * arguments.kills
         disturbed = run_loop(loop, setup, steps, root / f"{loop}-disturbed", points, timeout=timeout)
-        found = problems(calm, disturbed, exact=not arguments.loose)
+        found = problems(calm, disturbed, LOOSELY[loop] if arguments.loose else Likeness.BITS)
         failed += bool(found)
         deaths += len(disturbed.deaths)
         for death in disturbed.deaths:
@@ -68,8 +74,8 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def _setup(backend: str, root: Path, *, exact: bool) -> Setup:
-    flags = (*SNAPSHOTS, *(["--deterministic"] if exact else []))
+def _setup(backend: str, root: Path, more: Sequence[str], *, exact: bool) -> Setup:
+    flags = (*SNAPSHOTS, *(["--deterministic"] if exact else []), *more)
     if backend == "fake":
         return fake_setup(*flags)
     from tests.models import write_tiny_model

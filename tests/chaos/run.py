@@ -49,6 +49,18 @@ def real_setup(model: Path, *flags: str) -> Setup:
 
 
 @attrs.frozen(kw_only=True)
+class Left:
+    """What the server has after a run."""
+
+    files: dict[str, str] = attrs.field(factory=dict)
+    """Digests of the files of the final checkpoints, by kind and name."""
+    checkpoints: list[str] = attrs.field(factory=list)
+    """Listed checkpoints of all runs, in the order of the runs: run number, kind and name."""
+    refetched: dict[str, str] = attrs.field(factory=dict)
+    """What was wrong with results that were fetched again, by request id."""
+
+
+@attrs.frozen(kw_only=True)
 class Outcome:
     """What a run left behind."""
 
@@ -59,14 +71,9 @@ class Outcome:
     record: list[dict[str, Any]]
     ledger: Ledger
     moments: int
-    files: dict[str, str]
-    """Digests of the files of the final checkpoints, by kind and name."""
-    checkpoints: list[str]
-    """Listed checkpoints of all runs, in the order of the runs: run number, kind and name."""
+    left: Left
     usage: dict[str, float]
     """Amounts by kind."""
-    refetched: dict[str, str]
-    """What was wrong with results that were fetched again, by request id."""
     deaths: tuple[str, ...]
     missed: tuple[str, ...]
     orphans: tuple[int, ...]
@@ -83,58 +90,66 @@ def run_loop(
     *,
     timeout: float = 240.0,
     between_lives: Callable[[], None] = lambda: None,
+    last_death: bool = True,
 ) -> Outcome:
-    """Run a loop to its end. A client that takes longer than ``timeout`` seconds is killed and has failed."""
-    traps, data_dir, record = directory / "traps", directory / "data", directory / "record.jsonl"
+    """Run a loop to its end. A client that takes longer than ``timeout`` seconds is killed and has failed.
+
+    ``last_death``: of a disturbed run, everything is killed once more before what it left is looked at.
+    """
+    traps, record = directory / "traps", directory / "record.jsonl"
     traps.mkdir(parents=True)
-    environment = {
-        "TINKER_PLUGINS": f"{setup.plugins},{PLUGIN}",
-        "TINKER_CHAOS_TRAPS": str(traps),
-        "TINKER_CHAOS_DATA": str(data_dir),
-    }
-    running = Command(
-        *setup.flags,
-        data_dir=data_dir,
-        log=directory / "server.log",
-        environment=environment,
-        between_lives=between_lives,
-    )
-    with running as command:
+    left = Left()
+    with _command(setup, directory, between_lives) as command:
         command.wait_ready()
         killer = Killer(command, list(points), traps)
         with Proxy(command.port, killer.on_moment) as proxy:
             arguments = ["--url", proxy.url, "--base-model", setup.base_model, "--steps", str(steps)]
             code, complaints = _run_client([loop, *arguments, "--record", str(record)], command, directory, timeout)
-            killer.close()
-            lines = [json.loads(line) for line in record.read_text().splitlines()]
-            ledger, moments = proxy.ledger, proxy.num_moments
-        if code != 0:
-            files, checkpoints, refetched = {}, [], {}
-        else:
-            if points:
+        killer.close()
+        lines = [json.loads(line) for line in record.read_text().splitlines()]
+        if code == 0:
+            if points and last_death:
+                killer.deaths.append("after the end: all")
                 command.forget_ready()
                 command.kill("all")
-                killer.deaths.append("after the end: all")
                 command.wait_ready()
-            with httpx.Client(base_url=command.url, headers={"x-api-key": API_KEY}, timeout=60.0) as http:
-                files, checkpoints = _final_files(http, lines[-1]), _checkpoints(http)
-                refetched = _fetch_again(http, ledger)
+            left = _look(command.url, proxy.ledger, lines[-1])
     return Outcome(
         code=code,
         complaints=complaints,
         record=lines,
-        ledger=ledger,
-        moments=moments,
-        files=files,
-        checkpoints=checkpoints,
-        usage=_usage(data_dir),
-        refetched=refetched,
+        ledger=proxy.ledger,
+        moments=proxy.num_moments,
+        left=left,
+        usage=_usage(command.data_dir),
         deaths=tuple(killer.deaths),
         missed=tuple(killer.missed),
         orphans=tuple(command.orphans),
         starts=command.starts,
         log=command.log,
     )
+
+
+def _command(setup: Setup, directory: Path, between_lives: Callable[[], None]) -> Command:
+    data_dir = directory / "data"
+    return Command(
+        *setup.flags,
+        data_dir=data_dir,
+        log=directory / "server.log",
+        environment={
+            "TINKER_PLUGINS": f"{setup.plugins},{PLUGIN}",
+            "TINKER_CHAOS_TRAPS": str(directory / "traps"),
+            "TINKER_CHAOS_DATA": str(data_dir),
+        },
+        between_lives=between_lives,
+    )
+
+
+def _look(url: str, ledger: Ledger, done: dict[str, Any]) -> Left:
+    with httpx.Client(base_url=url, headers={"x-api-key": API_KEY}, timeout=60.0) as http:
+        return Left(
+            files=_final_files(http, done), checkpoints=_checkpoints(http), refetched=_fetch_again(http, ledger)
+        )
 
 
 def _run_client(arguments: Sequence[str], server: Command, directory: Path, timeout: float) -> tuple[int, str]:
