@@ -141,6 +141,7 @@ class Operations:
         """Give a request its result. A repeated one has it already, and must not come to another end."""
         if self._payloads.is_replay(request.request_id):
             self._payloads.discard(request.request_id)
+            base.residence.note_repeated(request.model_id)
             if isinstance(output, RequestError):
                 reason = f"repeating request {request.seq_id} failed, which had succeeded before: {output.message}"
                 base.residence.lose(request.model_id, StorageError(reason))

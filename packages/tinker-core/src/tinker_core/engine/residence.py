@@ -156,6 +156,12 @@ class Residence:
         if model is not None:
             model.note_done(done, self._clock.monotonic())
 
+    def note_repeated(self, model_id: str) -> None:
+        """Note that a request has run once more: a model that gets on with what it has to repeat kills no workers."""
+        model = self._models.get(model_id)
+        if model is not None:
+            model.deaths = 0
+
     def cover(self, row: ModelRow) -> bool:
         """A snapshot counts from now on: what it covers needs not be done again. To be called right before the journal
         is told, which then forgets those requests.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from tinker_core.errors import JournalError, JournalFullError
-from tinker_core.storage.journal.appends import Accept, Append, Delivered, Sweep
+from tinker_core.storage.journal.appends import Accept, Append, Delivered, Resolve, Sweep
 from tinker_core.storage.journal.committing import Answers, Committer, Limits
 from tinker_core.storage.journal.disk import OutOfSpaceError
 from tinker_core.storage.journal.opening import Opened
@@ -55,6 +55,8 @@ class Writer:
         self._broken: OSError | None = None
         self._failure: JournalError | None = None
         self._closing = False
+        self._shrinking = False
+        """Whether there may be more unused pages than there shall be."""
         self._full: str | None = None if opened.has_room else "no room beside the reserve"
         self._thread = threading.Thread(target=self._run, name="journal-writer", daemon=True)
         self._thread.start()
@@ -159,6 +161,7 @@ class Writer:
             if self._closing and not (self._queue or self._batch):
                 return False
             self._arrived = False
+            self._shrinking |= any(_drops(append) for append in self._queue)
             self._batch = self._accepts_to_refuse() if self._full is not None else []
             most = len(self._batch) + (_BATCH_APPENDS if self._full is None else _BATCH_WHILE_FULL)
             size = 0
@@ -229,8 +232,11 @@ class Writer:
         """Keep log and database from growing."""
         try:
             self._committer.checkpoint()
-            if self._full is None and self._committer.has_much_unused():
-                self._committer.shrink(_PAGES_AT_ONCE)
+            # Only some appends leave many pages unused; asking after every commit would cost more than it finds.
+            if self._shrinking and self._full is None:
+                self._shrinking = self._committer.has_much_unused()
+                if self._shrinking:
+                    self._committer.shrink(_PAGES_AT_ONCE)
         except OutOfSpaceError as error:
             self._give_reserve_away(str(error))
 
@@ -293,6 +299,13 @@ class Writer:
         except RuntimeError:
             if not self._loop.is_closed():
                 raise
+
+
+def _drops(append: Append) -> bool:
+    """Whether an append may leave many pages unused."""
+    if isinstance(append, Resolve):
+        return bool(append.models)
+    return not isinstance(append, Accept | Delivered)
 
 
 def _set_all(answers: Answers) -> None:
