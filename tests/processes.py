@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
+
+RANK = "tinker_core.executors.rank"
+"""What the command lines of ranks have in common."""
 
 
 def children_of(parent: int) -> dict[int, list[str]]:
@@ -18,3 +23,16 @@ def children_of(parent: int) -> dict[int, list[str]]:
         if int(parent_pid) == parent and state != "Z":
             found[int(directory.name)] = arguments
     return found
+
+
+def ranks_of(parent: int) -> dict[int, int]:
+    """The running rank processes of a process: the rank of each, by pid."""
+    return {pid: int(words[-1]) for pid, words in children_of(parent).items() if RANK in words}
+
+
+def kill_workers() -> None:
+    """End the ranks of this process the hard way."""
+    ranks = ranks_of(os.getpid())
+    assert ranks
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)

@@ -10,9 +10,8 @@ from collections.abc import Iterable
 
 import attrs
 
-from tests.processes import children_of
+from tests.processes import RANK, children_of, ranks_of
 
-RANK = "tinker_core.executors.rank"
 KINDS = ("supervisor", "server", "rank", "all")
 
 
@@ -41,7 +40,7 @@ def tree_of(command: int) -> Tree:
             ranks.append(pid)  # a command without a supervisor above it
             continue
         servers.append(pid)
-        ranks += [child for child, words in children_of(pid).items() if RANK in words]
+        ranks += ranks_of(pid)
     return Tree(command, tuple(servers), tuple(ranks))
 
 

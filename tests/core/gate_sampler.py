@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from collections.abc import Callable
 
 import attrs
 
-from tests.processes import children_of
 from tinker_core.errors import WorkerLostError
 from tinker_core.hookspecs import hookimpl
 from tinker_core.interfaces import Sampler, SamplerContext, SamplerPlugin
@@ -25,19 +22,8 @@ from tinker_core.types import (
 )
 
 
-def rank_processes() -> dict[int, int]:
-    """Rank processes of this process, by rank."""
-    ranks = {pid: args for pid, args in children_of(os.getpid()).items() if "tinker_core.executors.rank" in args}
-    return {int(args[-1]): pid for pid, args in ranks.items()}
-
-
-def kill_workers() -> None:
-    """End rank 0 the hard way."""
-    os.kill(rank_processes()[0], signal.SIGKILL)
-
-
 class Gate:
-    """A plugin whose samplers, one for each start of the workers, hold all samples until they are let through."""
+    """A plugin whose samplers hold all samples until they are let through."""
 
     def __init__(self, slots: int = 8) -> None:
         self.slots = slots
@@ -46,6 +32,7 @@ class Gate:
         self.let_through: dict[str, asyncio.Event] = {}
         """By prompt token: samples with the same first token go together."""
         self.cancelled: list[str] = []
+        self.num_samplers = 0
 
     @hookimpl
     def tinker_register_sampler(self, register: Callable[[SamplerPlugin], None]) -> None:
@@ -53,6 +40,11 @@ class Gate:
 
     def build(self, context: SamplerContext) -> Sampler:
         del context
+        return self.new_sampler()
+
+    def new_sampler(self) -> Sampler:
+        """A sampler that has not started."""
+        self.num_samplers += 1
         return _GateSampler(self)
 
     def opened(self, first_token: int) -> asyncio.Event:
@@ -67,8 +59,11 @@ class _GateSampler:
     waiting: set[str] = attrs.field(factory=set)
     free: asyncio.Semaphore = attrs.field(init=False)
 
-    async def start(self) -> None:
+    def __attrs_post_init__(self) -> None:
         self.free = asyncio.Semaphore(self.gate.slots)
+
+    async def start(self) -> None:
+        """It runs already."""
 
     def capabilities(self) -> SamplerCapabilities:
         return SamplerCapabilities(max_context_length=64, vocab_size=64, transports=(Transport.FILE,), max_revisions=4)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tinker_core.engine.revisions import Revisions
+from tinker_core.engine.revisions import LiveWeights, Revisions
 from tinker_core.errors import (
     DamagedRecordError,
     LostWeightsError,
@@ -110,8 +110,12 @@ def name(request_id: str) -> str:
     return f"{MODEL}@{request_id}"
 
 
+def live(model_id: str) -> LiveWeights:
+    return lambda: nullcontext(WeightsRef(transport=Transport.IN_PROCESS, model_id=model_id))
+
+
 async def publish(revisions: Revisions, models: Models, request_id: str) -> None:
-    await revisions.publish_live(name(request_id), MODEL, models.export)
+    await revisions.publish_live(name(request_id), models.export, live(MODEL))
 
 
 async def weights(revisions: Revisions, sampler: Any, request_id: str) -> int:
@@ -238,7 +242,7 @@ def test_persisted_weights_outlive_the_sampler_and_the_process(tmp_path: Path) -
         for number, request_id in enumerate(("a", "b", "c")):
             models.weights[MODEL] = 10 + number
             await publish(revisions, models, request_id)
-        await revisions.publish_live("s-2:train:0@d", MODEL, models.export)
+        await revisions.publish_live("s-2:train:0@d", models.export, live(MODEL))
         await revisions.persist(MODEL)
         assert (revisions.num_stored, len(sampler.resident)) == (3, 4)  # nothing has left the sampler
         assert revisions.stored_bytes == 6

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.core.test_engine_revisions import MODEL, Models, NumberSampler, name
+from tests.core.test_engine_revisions import MODEL, Models, NumberSampler, live, name
 from tinker_core.engine.revisions import Revisions
 from tinker_core.errors import LostWeightsError, UnknownCheckpointError, WorkerLostError
 from tinker_core.types import WeightsRef
@@ -75,7 +75,7 @@ class Disorder:
         while True:
             try:
                 self.models.weights[MODEL] = weights
-                return await self.revisions.publish_live(name(request_id), MODEL, self.models.export)
+                return await self.revisions.publish_live(name(request_id), self.models.export, live(MODEL))
             except WorkerLostError:
                 await asyncio.sleep(0)  # until there are workers
                 await self.replay()

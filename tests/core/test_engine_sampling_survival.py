@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from tests.core.conftest import Client, EngineFactory, ManualClock
-from tests.core.gate_sampler import Gate, kill_workers, rank_processes
+from tests.core.gate_sampler import Gate
 from tests.core.test_engine_sampling import ephemeral, open_sampler, train
-from tinker_core.engine import NewSession
+from tests.processes import kill_workers, ranks_of
+from tinker_core.engine import NewSession, workers
 from tinker_core.types import (
     LOCAL_CALLER,
     LOCAL_OWNER,
@@ -74,7 +75,8 @@ def test_samples_in_progress_run_again_when_their_workers_die(open_engine: Engin
             samplers = (base, live, moving)
             expected = [await sampled(client, sampler, 0) for sampler in samplers]
             assert expected[0] != expected[1] == expected[2]
-            os.kill(rank_processes()[0], signal.SIGSTOP)
+            [rank] = ranks_of(os.getpid())
+            os.kill(rank, signal.SIGSTOP)
             ids = [await submit(client, sampler, 1) for sampler in samplers]
             given_up = await submit(client, base, 2)
             await handed_over(client, [*ids, given_up])
@@ -105,10 +107,14 @@ def test_a_sample_that_waits_for_workers_can_be_cancelled(open_engine: EngineFac
     asyncio.run(body())
 
 
-def test_a_sample_that_kills_its_workers_fails_and_takes_nobody_with_it(open_engine: EngineFactory) -> None:
+def test_a_sample_that_kills_its_workers_fails_and_takes_nobody_with_it(
+    open_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def body() -> None:
         gate = Gate()
-        async with open_engine(sampler="gate", more_plugins={"gate": gate}) as client:
+        # It comes and goes with the workers, as the samplers in their ranks do.
+        monkeypatch.setattr(workers, "GroupSampler", lambda group, capabilities: gate.new_sampler())
+        async with open_engine() as client:
             sampler = await open_sampler(client, base_model="tiny")
             killer, innocent = [await submit(client, sampler, seq_id, 10 + seq_id) for seq_id in range(2)]
             for _ in range(2):
@@ -126,6 +132,27 @@ def test_a_sample_that_kills_its_workers_fails_and_takes_nobody_with_it(open_eng
             assert "3 times" in failed.message
             gate.opened(11).set()
             assert code(await client.result(innocent)) == "SampleOutput"
+
+    asyncio.run(body())
+
+
+def test_a_sampler_beside_the_workers_goes_on_without_them(open_engine: EngineFactory) -> None:
+    async def body() -> None:
+        gate = Gate()
+        async with open_engine(sampler="gate", more_plugins={"gate": gate}) as client:
+            sampler = await open_sampler(client, base_model="tiny")
+            model_id = await client.create()
+            first = await submit(client, sampler, 0, 10)
+            assert (await gate.started.get()).request_id == first
+            kill_workers()
+            second = await submit(client, sampler, 1, 11)
+            assert (await gate.started.get()).request_id == second
+            await train(client, model_id, 1)  # the workers come back
+            assert client.engine.metrics()[0].worker_losses == 1
+            for prompt in (10, 11):
+                gate.opened(prompt).set()
+            assert [code(await client.result(name)) for name in (first, second)] == ["SampleOutput"] * 2
+            assert gate.num_samplers == 1
 
     asyncio.run(body())
 
@@ -161,7 +188,8 @@ def test_samples_and_ephemeral_weights_outlive_the_server(open_engine: EngineFac
             # One result that its client was not told of, and one that is not there yet.
             untold = await submit(client, live, 1)
             await client.result(untold)
-            os.kill(rank_processes()[0], signal.SIGSTOP)
+            [rank] = ranks_of(os.getpid())
+            os.kill(rank, signal.SIGSTOP)
             outstanding = await submit(client, old, 5)
             await handed_over(client, [outstanding])
             kill_workers()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.core.conftest import EngineFactory, forward_backward
-from tests.processes import children_of
+from tests.processes import ranks_of
 from tinker_core.errors import ConfigurationError, InvalidLoraConfigError, PluginError, StorageError, TinkerError
 from tinker_core.executors.local import start_local
 from tinker_core.executors.protocol import StateCall
@@ -49,8 +49,7 @@ def model() -> PreparedModel:
 
 def children() -> dict[int, int]:
     """Rank processes of this process, by rank."""
-    ranks = {pid: args for pid, args in children_of(os.getpid()).items() if "tinker_core.executors.rank" in args}
-    return {int(args[-1]): pid for pid, args in ranks.items()}
+    return {rank: pid for pid, rank in ranks_of(os.getpid()).items()}
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

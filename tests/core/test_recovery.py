@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.core.conftest import Client, EngineFactory, datum, forward_backward, optim_step
-from tinker_core.engine import Engine
+from tests.processes import kill_workers
 from tinker_core.engine.checkpoints import Checkpoints
 from tinker_core.engine.payloads import Payloads
 from tinker_core.types import (
@@ -75,12 +73,6 @@ async def undisturbed(open_engine: EngineFactory, num_steps: int, *, half: bool 
         return await logprobs(client, model_id, seq_id)
 
 
-def kill_workers(engine: Engine) -> None:
-    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-        if b"tinker_core.executors.rank" in Path(f"/proc/{child}/cmdline").read_bytes():
-            os.kill(int(child), signal.SIGKILL)
-
-
 @pytest.mark.parametrize("settings", [{}, {"snapshot_steps": 1}])
 def test_a_model_and_what_it_accumulated_survive_a_restart(
     open_engine: EngineFactory, settings: dict[str, Any]
@@ -129,11 +121,11 @@ def test_lost_workers_lose_nothing(open_engine: EngineFactory, settings: dict[st
         async with open_engine(**settings) as client:
             model_id = await client.create()
             await work(client, model_id, 1, STEPS[:1])
-            kill_workers(client.engine)
+            kill_workers()
             await work(client, model_id, 4, STEPS[1:2])
             running = asyncio.create_task(work(client, model_id, 7, STEPS[2:]))
             await asyncio.sleep(0)
-            kill_workers(client.engine)
+            kill_workers()
             assert not [result for result in await running if isinstance(result, RequestError)]
             np.testing.assert_array_equal(await logprobs(client, model_id, 13), expected)
 

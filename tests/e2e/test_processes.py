@@ -8,7 +8,7 @@ from pathlib import Path
 import tinker
 
 from tests.e2e.conftest import NewModel, Server, train
-from tests.processes import children_of
+from tests.processes import children_of, ranks_of
 
 
 def loads_torch(pid: int) -> bool:
@@ -21,7 +21,7 @@ def test_torch_is_loaded_by_the_ranks_and_never_by_the_server(server: Server, ne
     [pid] = children_of(supervisor)
     assert not loads_torch(supervisor)
     assert not loads_torch(pid)
-    ranks = [pid for pid, args in children_of(pid).items() if "tinker_core.executors.rank" in args]
+    ranks = ranks_of(pid)
     assert len(ranks) == 2  # one for each base model
     assert all(loads_torch(rank) for rank in ranks)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from tinker_backend_fsdp.sampler.drawing import NUCLEUS_GUESS, draw, invert, uniforms, words
+from tinker_core.sampling.drawing import NUCLEUS_GUESS, draw, invert, uniforms, words
 from tinker_core.types import SamplingParams
 
 COUNT = 20_000

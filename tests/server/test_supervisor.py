@@ -18,7 +18,7 @@ import attrs
 import httpx
 import pytest
 
-from tests.processes import children_of
+from tests.processes import children_of, ranks_of
 from tests.server.test_command import COMMAND, FAKE, environment
 from tests.server.test_routes import pass_body
 
@@ -49,7 +49,7 @@ class Family:
 
     @property
     def rank(self) -> int:
-        [pid] = [pid for pid, words in children_of(self.server).items() if "tinker_core.executors.rank" in words]
+        [pid] = ranks_of(self.server)
         return pid
 
     def post(self, path: str, body: object) -> dict[str, Any]:

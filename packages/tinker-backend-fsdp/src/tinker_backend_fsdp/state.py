@@ -10,6 +10,7 @@ import torch
 from tinker_backend_fsdp.host_copies import HostCopies
 from tinker_core.errors import CapacityError, CheckpointMismatchError, InvalidRequestError, UnknownModelError
 from tinker_core.interfaces import FlatOptimizer, OptimizerPlugin, StateWriter
+from tinker_core.lora_targets import target_names
 from tinker_core.training.adapters import AdapterLayout, AdapterWeights
 from tinker_core.training.peft_format import (
     read_gradient,
@@ -21,7 +22,6 @@ from tinker_core.training.peft_format import (
     write_optimizer,
     write_weights,
 )
-from tinker_core.training.targets import target_names
 from tinker_core.types import CheckpointManifest, CheckpointType, PreparedModel, PreparedOptimStep, SnapshotParts
 
 

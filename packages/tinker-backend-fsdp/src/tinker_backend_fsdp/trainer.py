@@ -73,7 +73,7 @@ class FsdpTrainer:
             max_models=self._context.max_models,
             max_context_length=self._limits.max_context_length,
             vocab_size=self._limits.vocab_size,
-            transports=(Transport.IN_PROCESS, Transport.FILE),
+            transports=(Transport.IN_PROCESS, Transport.SHARED_MEMORY, Transport.FILE),
             offers_model_handle=True,
             architecture=self._loaded.architecture,
         )

@@ -216,7 +216,10 @@ class Sampler(Protocol):
         """What this sampler offers; valid once it has started."""
 
     async def publish(self, revision: str, ref: WeightsRef) -> None:
-        """Make weights available under a new immutable name."""
+        """Make weights available under a new immutable name. A name that is already resident is left as it is.
+
+        A SHARED_MEMORY reference's directory is the sampler's from now on, unless this raises.
+        """
 
     async def save_revision(self, revision: str, directory: str) -> None:
         """Write a resident revision into an existing empty directory, as a PEFT directory from which `publish` makes
@@ -279,8 +282,19 @@ class SamplerContext:
     device: str
     dtype: str
     directory: str
-    """A private directory for sockets and the like."""
+    """A private directory for sockets; its path is short."""
+    memory_directory: str
+    """A place in memory for weights; it does not exist yet, and may be left behind."""
+    server_id: str
+    """Stays the same when the server starts again."""
     max_revisions: int = 64
+    max_lora_rank: int = 128
+    max_context_length: int | None = None
+    """Lower bound than the model's own, or None."""
+    max_decode_batch: int = 64
+    """Most sequences that are decoded together."""
+    deterministic: bool = False
+    """Equal requests give equal bits: one sample request is decoded at a time."""
     options: Mapping[str, OptionValue] = attrs.field(factory=dict)
 
 

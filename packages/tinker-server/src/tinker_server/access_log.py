@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import time
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tinker_core.logs import log_context
+from tinker_server.status_watch import StatusWatch
 from tinker_server.wire.rejected import shorten
 
 _LOGGER = logging.getLogger(__name__)
-_NO_ANSWER = 499
-"""The status of a request whose connection ended without an answer."""
 
 
 class AccessLogMiddleware:
@@ -37,20 +36,13 @@ class AccessLogMiddleware:
             await self._logged(scope, receive, send)
 
     async def _logged(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status = _NO_ANSWER
+        watch = StatusWatch(send)
         started = time.monotonic()
-
-        async def watch(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
         try:
             await self._app(scope, receive, watch)
         finally:
             host, port = scope.get("client") or ("unknown", 0)
             seconds = round(time.monotonic() - started, 6)
-            extra = {"client": f"{host}:{port}", "status": status, "seconds": seconds}
+            extra = {"client": f"{host}:{port}", "status": watch.status, "seconds": seconds}
             request = f"{scope['method']} {shorten(scope['path'])}"
-            _LOGGER.info("%s:%d %r %d", host, port, request, status, extra=extra)
+            _LOGGER.info("%s:%d %r %d", host, port, request, watch.status, extra=extra)

@@ -78,6 +78,11 @@ class ServerConfig:
         12 * 1024, "most long polls that wait for results; more are answered after two seconds"
     )
     max_revisions: int = _setting(64, "most sampler revisions kept in memory, per base model; more are spilled to disk")
+    handoff_dir: str = _setting(
+        "/dev/shm",
+        "directory in memory for the weights of samplers with processes of their own: up to --max-revisions adapters",
+        metavar="DIR",
+    )
     body_limit: int = _setting(256 * MIB, "most bytes of one request body, before and after decompression")
     control_body_limit: int = _setting(4 * MIB, "most bytes of a body that carries no data to train on or sample from")
     body_memory: int = _setting(1024 * MIB, "bytes of request bodies that may arrive and be decoded at a time")
@@ -207,6 +212,7 @@ class ServerConfig:
             max_lora_rank=self.max_lora_rank,
             max_context_length=self.max_context_length,
             max_revisions=self.max_revisions,
+            handoff_dir=Path(self.handoff_dir).expanduser().resolve(),
             max_decode_batch=self.max_decode_batch,
             session_seconds=float(self.session_timeout) or None,
             max_result_bytes=self.result_bytes,

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tinker_core.engine import Engine
 from tinker_core.scheduler import WorkKind
@@ -23,6 +23,7 @@ from tinker_server import metric_families as families
 from tinker_server.life import ServerLife
 from tinker_server.metric_families import Family
 from tinker_server.services import PollGate
+from tinker_server.status_watch import StatusWatch
 from tinker_server.wire.unknown import recording
 
 PATH = "/metrics"
@@ -168,20 +169,13 @@ class MetricsMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 499
-
-        async def watch(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+        watch = StatusWatch(send)
         try:
             with recording(self._metrics.count_unknown):
                 await self._app(scope, receive, watch)
         finally:
             route = self._templates.get(scope.get("endpoint"), _OTHER)
-            self._metrics.count_http(scope["method"], route, status)
+            self._metrics.count_http(scope["method"], route, watch.status)
 
 
 def templates_of(routes: Iterable[BaseRoute]) -> dict[object, str]:

@@ -9,11 +9,11 @@ import numpy.typing as npt
 import torch
 
 from tinker_backend_fsdp.sampler.cache import PromptCache
-from tinker_backend_fsdp.sampler.checking import check_extras, check_params, check_prompt
-from tinker_backend_fsdp.sampler.drawing import Stream, uniforms, words
 from tinker_backend_fsdp.sampler.packing import PromptChunk
-from tinker_backend_fsdp.sampler.scoring import PromptScores, TopkTable
-from tinker_backend_fsdp.sampler.stopping import StopRules
+from tinker_core.sampling.checking import check_extras, check_params, check_prompt
+from tinker_core.sampling.drawing import Stream, uniforms, words
+from tinker_core.sampling.scoring import PromptScores, TopkTable
+from tinker_core.sampling.stopping import StopRules
 from tinker_core.training.adapters import AdapterWeights
 from tinker_core.types import (
     GeneratedSequence,

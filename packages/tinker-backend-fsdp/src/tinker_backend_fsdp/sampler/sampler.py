@@ -14,13 +14,13 @@ import torch
 
 from tinker_backend_fsdp.root import Unembed
 from tinker_backend_fsdp.sampler.cache import SequenceCache
-from tinker_backend_fsdp.sampler.drawing import Drawn, draw
 from tinker_backend_fsdp.sampler.packing import DecodeToken, Packed, Part, PromptChunk, pack
 from tinker_backend_fsdp.sampler.progress import Job, RunningSequence, step_numbers
 from tinker_backend_fsdp.sampler.revisions import Revisions
-from tinker_backend_fsdp.sampler.stopping import StopRules, eos_tokens
 from tinker_core.errors import InvalidRequestError, NonFiniteError, TinkerError
 from tinker_core.interfaces import ModelHandle, RankContext, StateWriter
+from tinker_core.sampling.drawing import Drawn, draw
+from tinker_core.sampling.stopping import StopRules, eos_tokens
 from tinker_core.training.adapters import AdapterWeights, Segment
 from tinker_core.types import (
     PreparedSample,

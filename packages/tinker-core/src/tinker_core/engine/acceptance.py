@@ -221,12 +221,6 @@ class Acceptance:
         self._futures.add(entry)
         return entry
 
-    def entry(self, request_id: str) -> PendingResult:
-        """The future of a request that is open."""
-        entry = self._futures.entry(request_id)
-        assert entry is not None
-        return entry
-
     def _head(self, request_type: RequestType, caller: Caller, identity: Identity) -> RequestHead:
         number = self._journal.next_number()
         scope, place = _owned(caller.owner, identity)

@@ -9,7 +9,14 @@ import attrs
 
 from tinker_core.custom_losses.check import check_custom_loss
 from tinker_core.engine.base_model import BaseModel
-from tinker_core.errors import CapacityError, InvalidLossConfigError, UnknownCustomLossError, UnsupportedFeatureError
+from tinker_core.errors import (
+    CapacityError,
+    InvalidLoraConfigError,
+    InvalidLossConfigError,
+    UnknownCustomLossError,
+    UnsupportedFeatureError,
+)
+from tinker_core.lora_targets import target_names
 from tinker_core.optimizer_families import check_step_family, require_family
 from tinker_core.types import (
     CUSTOM_LOSS,
@@ -18,7 +25,9 @@ from tinker_core.types import (
     CustomLoss,
     EngineRequest,
     ForwardBackwardInput,
+    LoraConfig,
     OptimStepInput,
+    SamplerCapabilities,
     TrainerCapabilities,
     TrainingRunRecord,
 )
@@ -57,10 +66,13 @@ class Admission:
         return CreateCustomLossOutput(loss_id=request.loss_id)
 
     def check_model(self, run: TrainingRunRecord, base: BaseModel) -> None:
-        """Raise `UnsupportedFeatureError` for an optimizer that the trainer does not have."""
+        """Raise `UnsupportedFeatureError` for an optimizer that the trainer does not have, and `InvalidLoraConfigError`
+        for an adapter that the sampler could not serve."""
         trainer = _trainer(base)
         if trainer is not None:
             require_family(run.optimizer_config.type, trainer.optimizers)
+        if base.has_sampler:
+            check_servable(run.lora_config, base.sampler.capabilities())
 
     def admit(self, request: EngineRequest, run: TrainingRunRecord, base: BaseModel) -> EngineRequest:
         """The request, complete. Raises the `UserError` that its future is to report."""
@@ -100,6 +112,23 @@ class Admission:
                 "which is not public; its formula is in docs/reference/losses.md",
                 run.model_id,
             )
+
+
+def check_servable(config: LoraConfig, sampler: SamplerCapabilities) -> None:
+    """Raise `InvalidLoraConfigError` for an adapter that could be trained and not be sampled from."""
+    if sampler.max_lora_rank is not None and config.rank > sampler.max_lora_rank:
+        raise InvalidLoraConfigError(
+            f"lora_config.rank is {config.rank}, and the sampler of this server serves up to {sampler.max_lora_rank}"
+        )
+    if sampler.lora_targets is None:
+        return
+    missing = sorted(set(target_names(config)) - set(sampler.lora_targets))
+    if missing:
+        raise InvalidLoraConfigError(
+            f"lora_config adapts {', '.join(missing)}, which the sampler of this server cannot serve; it can adapt "
+            f"{', '.join(sorted(sampler.lora_targets))}: choose train_attn, train_mlp, train_unembed or target_modules "
+            "accordingly"
+        )
 
 
 def offers_custom_losses(base: BaseModel) -> bool:

@@ -8,14 +8,16 @@ from collections.abc import Awaitable, Callable
 
 from tinker_core.engine.clock import Clock
 from tinker_core.engine.config import EngineConfig
+from tinker_core.engine.handoff import Handoff
 from tinker_core.engine.interruption import to_its_end
+from tinker_core.engine.own_sampler import OwnSampler
 from tinker_core.engine.payloads import Payloads
 from tinker_core.engine.registry import Registry
 from tinker_core.engine.residence import Residence
 from tinker_core.engine.revisions import Revisions
 from tinker_core.engine.snapshots import SnapshotFiles
 from tinker_core.engine.usage import Metered
-from tinker_core.engine.workers import Workers, trainer_plugin
+from tinker_core.engine.workers import Workers, sampler_plugin, trainer_plugin
 from tinker_core.errors import CapacityError, TinkerError, UnknownModelError, UnsupportedFeatureError, WorkerLostError
 from tinker_core.executors.protocol import GroupCapabilities
 from tinker_core.executors.rank_loop import describe_error
@@ -29,6 +31,7 @@ from tinker_core.types import (
     Caller,
     Datum,
     EngineOutput,
+    Placement,
     RequestType,
     SampleInput,
     SamplerRecord,
@@ -51,6 +54,8 @@ _STORING = (
     RequestType.LOAD_WEIGHTS,
 )
 """Requests that move files: other models need not wait for them."""
+_LIVE_TRANSPORTS = (Transport.IN_PROCESS, Transport.SHARED_MEMORY)
+"""How weights can go from a trainer to a sampler without files on a disk, best first."""
 _RESTART_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Pauses before workers that ran once, and do not come up again, are started anew; the last one repeats."""
 
@@ -97,6 +102,9 @@ class BaseModel:
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._was_ready = False
         self._workers: Workers | None = None
+        self._own = _own_sampler(spec, config, plugins)
+        """A sampler beside the workers, which goes on when they die."""
+        self._own_started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._running: Work | None = None
         self._aside: dict[asyncio.Task[None], Work] = {}
         """Work that others do not wait for."""
@@ -124,6 +132,20 @@ class BaseModel:
         """Return when the workers run, also again after a loss; raises why they do not."""
         await asyncio.shield(self._started)
 
+    async def wait_sampler(self) -> Sampler:
+        """The sampler, as soon as it runs; raises why it does not, or that there is none."""
+        if self._own is not None:
+            await asyncio.shield(self._own_started)
+        else:
+            await self.wait_started()
+        return self.sampler
+
+    def is_serving(self, sampler: Sampler) -> bool:
+        """Whether a sampler is this base model's and has not ended with the workers."""
+        if not self.has_sampler or self.sampler is not sampler:
+            return False
+        return self._own is not None or not self.group.is_lost
+
     @property
     def group(self) -> WorkerGroup:
         """The running workers."""
@@ -137,7 +159,7 @@ class BaseModel:
     @property
     def sampler(self) -> Sampler:
         """The sampler of this base model."""
-        sampler = None if self._workers is None else self._workers.sampler
+        sampler = self._present_sampler()
         if sampler is None:
             raise self._no_sampler()
         return sampler
@@ -145,7 +167,12 @@ class BaseModel:
     @property
     def has_sampler(self) -> bool:
         """Whether a sampler is running."""
-        return self._workers is not None and self._workers.sampler is not None
+        return self._present_sampler() is not None
+
+    def _present_sampler(self) -> Sampler | None:
+        if self._own is not None:
+            return self._own.sampler if self._own_started.done() else None
+        return None if self._workers is None else self._workers.sampler
 
     def _present(self) -> Workers:
         if self._workers is None:
@@ -158,13 +185,16 @@ class BaseModel:
         return WorkerLostError(f"the workers of base model {self.spec.name!r} are not running: {self.state}")
 
     @property
-    def shares_process(self) -> bool:
-        """Whether the sampler can copy live weights without any transport."""
-        workers = self._workers
-        if workers is None or workers.sampler is None:
-            return False
-        both = set(workers.sampler.capabilities().transports) & set(workers.capabilities.trainer.transports)
-        return Transport.IN_PROCESS in both
+    def live_transport(self) -> Transport | None:
+        """How weights go from a live model to the sampler; None when there is no way but a named save."""
+        both = set(self.sampler.capabilities().transports) & set(self.capabilities.trainer.transports)
+        return next((transport for transport in _LIVE_TRANSPORTS if transport in both), None)
+
+    @property
+    def handoff(self) -> Handoff:
+        """Where weights lie on their way to a sampler beside the workers."""
+        assert self._own is not None
+        return self._own.handoff
 
     def count_tokens(self, data: tuple[Datum, ...]) -> int:
         """Tokens of a request's inputs; raises `UnsupportedFeatureError` for chunks that the trainer does not take."""
@@ -233,14 +263,18 @@ class BaseModel:
 
     async def run(self) -> None:
         """Start workers and feed them, for ever; returns when they cannot be started at all."""
+        try:
+            await self._keep_running()
+        finally:
+            await to_its_end(self._stop_sampler())
+
+    async def _keep_running(self) -> None:
         failures = 0
         while True:
             try:
                 await self._start()
                 failures = 0
-                reason = await self._serve_until_lost()
-                await self._finish_aside()
-                self._lose_workers(reason)
+                await self._lose_workers(await self._serve_until_lost())
             except Exception as error:
                 if not isinstance(error, TinkerError):
                     log.exception("base model %r failed", self.spec.name)
@@ -248,18 +282,19 @@ class BaseModel:
                 if not self._was_ready and not (isinstance(error, WorkerLostError) and failures < _FIRST_STARTS):
                     self._fail(error)
                     return
-                await self._finish_aside()
-                self._lose_workers(str(error))
+                await self._lose_workers(str(error))
             finally:
                 await to_its_end(self._stop())  # no process may stay behind
             await self._pause(failures)
 
     async def _start(self) -> None:
-        workers = await Workers.start(self.spec, self._config, self._plugins)
+        workers = await Workers.start(self.spec, self._config, self._plugins, self._own)
         self._workers = workers
         self.residence.attach(workers.group)
-        if workers.sampler is not None:
+        if workers.sampler is not None and not (self._own is not None and self._was_ready):
             self.revisions.attach(workers.sampler)
+        if not self._own_started.done():
+            self._own_started.set_result(None)
         self.state = "ready"
         self._was_ready = True
         if self._lost_at is not None:
@@ -270,7 +305,8 @@ class BaseModel:
 
     async def _finish_aside(self, *, cancel: bool = False) -> None:
         """Wait for the work beside the rest, which goes on without workers where it can."""
-        self.revisions.detach()
+        if self._own is None:
+            self.revisions.detach()
         tasks = list(self._aside)
         for task in tasks:
             if cancel:
@@ -368,7 +404,8 @@ class BaseModel:
                 "deadline passed" if gap.timed_out else "a later request proves it",
             )
 
-    def _lose_workers(self, reason: str) -> None:
+    async def _lose_workers(self, reason: str) -> None:
+        await self._finish_aside()
         self.state = "starting"
         if self._started.done():
             self._started = asyncio.get_running_loop().create_future()
@@ -377,23 +414,36 @@ class BaseModel:
             log.error("base model %r: %s; its models will be brought back", self.spec.name, reason)
         running, self._running = self._running, None
         unfinished, self._unfinished = self._unfinished, []
-        self.revisions.detach()
         self.residence.detach([*unfinished, *(running.requests if running is not None else ())])
 
     def _fail(self, error: Exception) -> None:
         """The workers cannot be started at all. What was accepted stays in the journal, for a server that can."""
         self.state = f"failed: {error}"
         log.error("base model %r cannot start: %s", self.spec.name, error)
-        if not self._started.done():
-            self._started.set_exception(error)
-            self._started.exception()  # somebody may wait for it later, or nobody
+        for started in (self._started, self._own_started):
+            if not started.done():
+                started.set_exception(error)
+                started.exception()  # somebody may wait for it later, or nobody
 
     async def _stop(self) -> None:
         await self._finish_aside(cancel=True)
         workers, self._workers = self._workers, None
-        self.revisions.detach()
-        if workers is not None:
-            await workers.stop()
+        if workers is None:
+            return
+        if self._own is None and workers.sampler is not None:
+            await workers.sampler.close()
+        await workers.group.close()
+
+    async def _stop_sampler(self) -> None:
+        """Stop a sampler beside the workers."""
+        if self._own is not None:
+            self.revisions.detach()
+            await self._own.close()
+
+
+def _own_sampler(spec: BaseModelSpec, config: EngineConfig, plugins: Plugins) -> OwnSampler | None:
+    plugin = sampler_plugin(spec, config, plugins)
+    return OwnSampler(plugin, spec, config) if plugin is not None and plugin.placement is Placement.OWN else None
 
 
 def _earlier(first: float | None, second: float | None) -> float | None:

@@ -70,6 +70,8 @@ class EngineConfig:
     """Most bytes of checkpoints from such a URL that the data directory keeps while nobody reads them."""
     keep_last: int | None = None
     """Newest training checkpoints that each run keeps; older ones are removed after a save. None keeps all."""
+    handoff_dir: Path = Path("/dev/shm")
+    """Where weights lie on their way to a sampler with processes of its own, and while it serves them."""
     options: Mapping[str, OptionValue] = attrs.field(factory=dict)
     worker_environment: Mapping[str, str] = attrs.field(factory=dict)
 

@@ -13,6 +13,7 @@ from tinker_core.engine.config import EngineConfig
 from tinker_core.errors import StorageError
 from tinker_core.storage.control import ControlStore
 from tinker_core.storage.database import database_url
+from tinker_core.storage.local_files import sync
 from tinker_core.types import ServerRecord
 
 ID_FILE = "server-id"
@@ -68,10 +69,6 @@ def _keep_server_id(data_dir: Path, server_id: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(data_dir / ID_FILE)
-        directory = os.open(data_dir, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync(data_dir)
     except OSError as error:
         raise StorageError(f"cannot write the server's identity {data_dir / ID_FILE}: {error.strerror}") from error

@@ -25,6 +25,7 @@ from tinker_core.engine.clock import Clock
 from tinker_core.engine.futures import FutureTable, PendingResult
 from tinker_core.engine.interruption import to_its_end
 from tinker_core.engine.limits import KeyLimiter
+from tinker_core.engine.model_state import queued
 from tinker_core.engine.models import FindRun, new_model, release_model
 from tinker_core.engine.payloads import Payloads
 from tinker_core.engine.registry import Registry
@@ -38,7 +39,6 @@ from tinker_core.errors import (
     UnsupportedFeatureError,
 )
 from tinker_core.executors.rank_loop import describe_error
-from tinker_core.scheduler import QueuedRequest
 from tinker_core.types import (
     AcceptedRequest,
     Caller,
@@ -251,14 +251,15 @@ class Intake:
         return find
 
     def _enqueue(self, base: BaseModel, request: EngineRequest, entry: PendingResult, run: TrainingRunRecord) -> None:
-        if isinstance(request, ForwardBackwardInput):
+        if isinstance(request, ForwardBackwardInput) and not entry.num_tokens:
+            # It could not be counted when it came in. If it still cannot, its future says why.
             try:
                 entry.num_tokens = base.count_tokens(request.data)
             except TinkerError:
                 self._take_slot(entry, request.seq_id)
                 raise
         self.begin(entry, run)
-        base.submit(queued(entry, run.model_id, seq_id_of(request)))
+        base.submit(queued(entry.accepted, run.model_id, seq_id_of(request), entry.num_tokens))
 
     def begin(self, entry: PendingResult, run: TrainingRunRecord) -> None:
         """Count a training request as one in flight."""
@@ -280,7 +281,8 @@ class Intake:
         """Let a failed request's turn pass, so that its model's later requests do not wait for it."""
         try:
             run = self._registry.model(entry.accepted.model_id or "", entry.owner)
-            self._base_of(run.base_model).submit(queued(entry, run.model_id, seq_id))
+            request = queued(entry.accepted, run.model_id, seq_id, entry.num_tokens)
+            self._base_of(run.base_model).submit(request)
         except TinkerError as error:
             log.info("request %s has no place in an order: %s", entry.accepted.request_id, error)
 
@@ -307,17 +309,6 @@ class Intake:
 
     def _base_of(self, name: str) -> BaseModel:
         return base_named(name, self._bases)
-
-
-def queued(entry: PendingResult, model_id: str, seq_id: int) -> QueuedRequest:
-    """What the scheduler needs to know of a request."""
-    return QueuedRequest(
-        request_id=entry.accepted.request_id,
-        request_type=entry.accepted.request_type,
-        model_id=model_id,
-        seq_id=seq_id,
-        num_tokens=entry.num_tokens,
-    )
 
 
 def base_named(name: str, bases: Mapping[str, BaseModel]) -> BaseModel:

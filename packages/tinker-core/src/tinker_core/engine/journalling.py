@@ -10,6 +10,7 @@ import attrs
 
 from tinker_core.encoding import Encoder
 from tinker_core.errors import DamagedRecordError
+from tinker_core.storage.journal import Journal
 from tinker_core.types import (
     AcceptedRequest,
     Caller,
@@ -132,6 +133,14 @@ def decode_request(data: bytes) -> EngineRequest:
     """The request that `encode_record` got. Raises `DamagedRecordError` for a class that this version does not know."""
     request: EngineRequest = _decode(data)
     return request
+
+
+async def read_request(journal: Journal, number: int) -> EngineRequest:
+    """The request whose body the journal has under a number. Raises `DamagedRecordError`."""
+    body = await journal.body(number)
+    if body is None:
+        raise DamagedRecordError(f"the journal has lost the body of record {number}")
+    return decode_request(body)
 
 
 def decode_output(data: bytes) -> EngineOutput:

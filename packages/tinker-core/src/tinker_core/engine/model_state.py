@@ -12,7 +12,7 @@ from tinker_core.engine.futures import PendingResult
 from tinker_core.errors import TinkerError
 from tinker_core.scheduler import QueuedRequest
 from tinker_core.storage.journal import Fate, ModelRow
-from tinker_core.types import RequestType
+from tinker_core.types import AcceptedRequest, RequestType
 
 
 @attrs.frozen(kw_only=True)
@@ -103,13 +103,18 @@ def _field(row: ModelRow, name: str) -> str | None:
     return None if value is None else str(value)
 
 
-def done_of(entry: PendingResult, model_id: str, seq_id: int, fate: Fate) -> Done:
-    """What has to be remembered of a request that has its result."""
-    request = QueuedRequest(
-        request_id=entry.accepted.request_id,
-        request_type=entry.accepted.request_type,
+def queued(accepted: AcceptedRequest, model_id: str, seq_id: int, num_tokens: int) -> QueuedRequest:
+    """What the scheduler needs to know of a request."""
+    return QueuedRequest(
+        request_id=accepted.request_id,
+        request_type=accepted.request_type,
         model_id=model_id,
         seq_id=seq_id,
-        num_tokens=entry.num_tokens,
+        num_tokens=num_tokens,
     )
+
+
+def done_of(entry: PendingResult, model_id: str, seq_id: int, fate: Fate) -> Done:
+    """What has to be remembered of a request that has its result."""
+    request = queued(entry.accepted, model_id, seq_id, entry.num_tokens)
     return Done(number=entry.number, request=request, fate=fate, size=entry.size, publishes=entry.publishes)

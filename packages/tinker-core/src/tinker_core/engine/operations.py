@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Protocol
 
 from tinker_core.engine.acceptance import sampling_session_id_of
+from tinker_core.engine.admission import check_servable
 from tinker_core.engine.base_model import BaseModel
 from tinker_core.engine.checkpoints import Checkpoints
 from tinker_core.engine.clock import Clock
@@ -55,6 +57,8 @@ from tinker_core.types import (
     SaveWeightsOutput,
     SnapshotParts,
     TinkerPath,
+    Transport,
+    WeightsRef,
     check_checkpoint_name,
 )
 
@@ -90,12 +94,11 @@ class Operations:
         """What admission makes of a request out of the journal."""
 
     async def execute(self, base: BaseModel, work: Work) -> None:
-        """Run one piece of work; every future in it is settled when this returns.
+        """Run one piece of work that was prepared; every future in it is settled when this returns.
 
         Raises `WorkerLostError`, and then nothing is settled that depends on the workers.
         """
-        # A request that failed when it was accepted keeps its place in the order, without a body.
-        requests = [request for request in work.requests if request.request_id in self._payloads]
+        requests = list(work.requests)
         try:
             requests = await self._recall(base, requests)
             if not requests:
@@ -207,6 +210,8 @@ class Operations:
         self._settle(base, request, output, cover)
 
     async def _save_any(self, base: BaseModel, body: Payload, request_id: str) -> SaveWeightsOutput:
+        if isinstance(body, SaveWeightsForSamplerInput) and body.path is None:
+            return await self._publish(base, body, request_id)  # it writes no checkpoint that could be finished
         finished = await self._checkpoints.finished_save(request_id)
         if finished is not None:  # before a crash; what became of the checkpoint since is not this request's business
             return SaveWeightsOutput(path=str(finished))
@@ -215,9 +220,8 @@ class Operations:
         if isinstance(body, SaveWeightsExternalInput):
             return await self._save_external(base, body, request_id)
         assert isinstance(body, SaveWeightsForSamplerInput)
-        if body.path is not None:
-            return await self._save_for_sampler(base, body, body.path, request_id)
-        return await self._publish(base, body, request_id)
+        assert body.path is not None
+        return await self._save_for_sampler(base, body, body.path, request_id)
 
     # --- creating and loading -----------------------------------------------------------------------------------------
 
@@ -245,6 +249,8 @@ class Operations:
 
     async def _make(self, base: BaseModel, new: NewModel) -> None:
         run = new.run
+        if base.has_sampler:
+            check_servable(run.lora_config, base.sampler.capabilities())
         model = PreparedModel(model_id=run.model_id, lora_config=run.lora_config, optimizer_config=run.optimizer_config)
         await base.group.call("create", model)
         base.residence.arrived(run.model_id)
@@ -364,15 +370,25 @@ class Operations:
         return body.kind is not SamplerSaveKind.INFLIGHT or self._registry.inflight.get(body.model_id) == revision
 
     async def _publish_revision(self, base: BaseModel, model_id: str, revision: str) -> None:
-        if not base.shares_process:
+        transport = base.live_transport
+        if transport is None:
             raise UnsupportedFeatureError(
-                "this sampler cannot take weights from memory yet; save under a name and sample from its path"
+                "this sampler cannot take weights from memory; save under a name and sample from its path"
             )
 
         async def export(directory: Path) -> None:
             await base.group.call("export", StateCall(model_id=model_id, directory=str(directory), background=True))
 
-        await base.revisions.publish_live(revision, model_id, export)
+        @asynccontextmanager
+        async def live() -> AsyncIterator[WeightsRef]:
+            if transport is Transport.IN_PROCESS:
+                yield WeightsRef(transport=transport, model_id=model_id)
+                return
+            async with base.handoff.incoming() as directory:
+                await export(directory)
+                yield WeightsRef(transport=transport, directory=str(directory))
+
+        await base.revisions.publish_live(revision, export, live)
 
     async def _move_inflight(self, base: BaseModel, model_id: str, revision: str) -> str:
         """Point the model's inflight target at new weights; sampling sessions keep the target's name."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from tinker_core.engine.journalling import decode_request
-from tinker_core.errors import DamagedRecordError
+from tinker_core.engine.journalling import read_request
 from tinker_core.storage.journal import Journal
 from tinker_core.types import CheckpointRecord, EngineRequest, LoadWeightsInput, TrainingRunRecord
 
@@ -88,11 +87,7 @@ class Payloads:
 
     async def read(self, request_id: str) -> EngineRequest:
         """The body that the journal has of a request. Raises `DamagedRecordError`."""
-        number = self._stored[request_id]
-        body = await self._journal.body(number)
-        if body is None:
-            raise DamagedRecordError(f"the journal has lost the body of request {request_id} (record {number})")
-        return decode_request(body)
+        return await read_request(self._journal, self._stored[request_id])
 
     def get(self, request_id: str) -> Payload:
         """What a request asks for, once it is in memory."""

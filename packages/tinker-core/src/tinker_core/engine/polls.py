@@ -46,7 +46,8 @@ class Polls:
         base = self._bases.get(entry.base_model)
         if entry.done.done() or entry.status != ACTIVE or base is None:
             return entry.status
-        if base.state != "ready":
+        waits_for_workers = base.state != "ready" and not (entry.target is not None and base.has_sampler)
+        if waits_for_workers:
             reason = f"base model {base.spec.name!r} is starting"
             return QueueStatus(state=QueueState.PAUSED_CAPACITY, reason=reason)
         if entry.target is None:

@@ -15,10 +15,11 @@ from tinker_core.engine.acceptance import Acceptance
 from tinker_core.engine.admission import Admission
 from tinker_core.engine.base_model import BaseModel
 from tinker_core.engine.clock import Clock
-from tinker_core.engine.intake import Intake, queued
-from tinker_core.engine.journalling import RequestHead, decode_head, decode_request
+from tinker_core.engine.futures import PendingResult
+from tinker_core.engine.intake import Intake
+from tinker_core.engine.journalling import RequestHead, decode_head, decode_request, read_request
 from tinker_core.engine.limits import KeyLimiter
-from tinker_core.engine.model_state import Done, inflight_of
+from tinker_core.engine.model_state import Done, inflight_of, queued
 from tinker_core.engine.operations import Resolve
 from tinker_core.engine.payloads import Payloads
 from tinker_core.engine.registry import Registry
@@ -26,7 +27,6 @@ from tinker_core.engine.sampling import Sampling
 from tinker_core.engine.usage import Metered
 from tinker_core.errors import DamagedRecordError, TinkerError, UnknownModelError, WorkerLostError
 from tinker_core.executors.rank_loop import describe_error
-from tinker_core.scheduler import QueuedRequest
 from tinker_core.storage.journal import Fate, Journal, ModelRow, PendingRow, Recovered, ReplayRow
 from tinker_core.types import CreateCustomLossInput, RequestType, SampleInput, TrainingRunRecord
 
@@ -123,28 +123,24 @@ class Recovery:
             if not row.has_body:
                 raise WorkerLostError("the request could not be read, and the server stopped before it could say so")
             if head.request_type is RequestType.SAMPLE:
-                await self._resume_sample(head)
+                await self._resume_sample(head, entry)
             elif head.seq_id is None or _creates(head):
-                body = await self._journal.body(head.number)
-                if body is None:
-                    raise DamagedRecordError(f"the journal has lost the body of record {head.number}")
-                await self._intake.route(decode_request(body), entry)
+                await self._intake.route(await read_request(self._journal, head.number), entry)
             else:
-                self._requeue(head)
+                self._requeue(head, entry)
         except TinkerError as error:
             self._resolve(head.request_id, describe_error(error))
 
-    def _requeue(self, head: RequestHead) -> None:
+    def _requeue(self, head: RequestHead, entry: PendingResult) -> None:
         """Back into its model's queue; it is read and checked when its turn comes."""
         assert head.model_id is not None
         assert head.seq_id is not None
-        entry = self._acceptance.entry(head.request_id)
         base, run = self._base_of_model(head.model_id)
         entry.base_model = base.spec.name
         if run is not None:
             self._intake.begin(entry, run)
         self._payloads.recall(head.request_id, head.number, replay=False)
-        base.submit(queued(entry, head.model_id, head.seq_id))
+        base.submit(queued(entry.accepted, head.model_id, head.seq_id, head.num_tokens))
 
     def _base_of_model(self, model_id: str) -> tuple[BaseModel, TrainingRunRecord | None]:
         """Where a model lives, or will once its creation, which waits in its queue, has run."""
@@ -154,9 +150,8 @@ class Recovery:
                 return base, run
         raise UnknownModelError(model_id)
 
-    async def _resume_sample(self, head: RequestHead) -> None:
+    async def _resume_sample(self, head: RequestHead, entry: PendingResult) -> None:
         assert head.target is not None
-        entry = self._acceptance.entry(head.request_id)
         record = await self._registry.sampler(head.target.sampling_session_id, head.caller.owner)
         base = self._bases.get(record.base_model)
         if base is None:
@@ -178,10 +173,8 @@ class Recovery:
 
         async def load() -> SampleInput:
             await self._journal.note_attempts([head.number])
-            body = await self._journal.body(head.number)
-            request = decode_request(body) if body is not None else None
-            if not isinstance(request, SampleInput):
-                raise DamagedRecordError(f"the journal has lost the body of record {head.number}")
+            request = await read_request(self._journal, head.number)
+            assert isinstance(request, SampleInput)
             return request
 
         self._sampling.resume(entry, load, record, base)
@@ -192,11 +185,5 @@ def _creates(head: RequestHead) -> bool:
 
 
 def _done(row: ReplayRow, head: RequestHead) -> Done:
-    request = QueuedRequest(
-        request_id=head.request_id,
-        request_type=head.request_type,
-        model_id=row.model_id,
-        seq_id=row.seq_id,
-        num_tokens=head.num_tokens,
-    )
+    request = queued(head.receipt(), row.model_id, row.seq_id, head.num_tokens)
     return Done(number=row.number, request=request, fate=row.fate, publishes=head.publishes)

@@ -14,7 +14,7 @@ import logging
 import uuid
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 from tinker_core.engine.interruption import to_its_end
@@ -46,6 +46,8 @@ _INCOMING = ".incoming"
 
 Write = Callable[[Path], Awaitable[object]]
 """Writes weights into an empty directory."""
+LiveWeights = Callable[[], AbstractAsyncContextManager[WeightsRef]]
+"""Makes a reference to the present weights of a live model, good for the length of a block."""
 
 
 class Revisions:
@@ -159,8 +161,8 @@ class Revisions:
 
     # --- publishing and using -----------------------------------------------------------------------------------------
 
-    async def publish_live(self, name: str, model_id: str, export: Write) -> None:
-        """Publish the present weights of a live model that shares a process with the sampler.
+    async def publish_live(self, name: str, export: Write, live: LiveWeights) -> None:
+        """Publish the present weights of a live model, on the way that ``live`` knows.
 
         A name that has weights keeps them: so a replay changes nothing. When samples in progress need all the room
         there is, the weights are exported to files instead: whoever saves never waits for them.
@@ -172,23 +174,26 @@ class Revisions:
         try:
             async with revision.lock:
                 if not revision.has_weights:
-                    await self._take_live(revision, model_id, export)
+                    await self._take_live(revision, export, live)
         finally:
             revision.publishers -= 1
             if not revision.is_wanted:
                 self._revisions.pop(name, None)
                 revision.lose("they were never published")
 
-    async def _take_live(self, revision: Revision, model_id: str, export: Write) -> None:
+    async def _take_live(self, revision: Revision, export: Write, live: LiveWeights) -> None:
         if self._room.locked() or not self._has_room():
             await to_its_end(self._write(revision, export))
             return
         async with self._room:
             if await self._make_room(waiting=False):
-                ref = WeightsRef(transport=Transport.IN_PROCESS, model_id=model_id)
-                await to_its_end(self._publish(revision, ref))
+                await to_its_end(self._publish_from(revision, live))
                 return
         await to_its_end(self._write(revision, export))
+
+    async def _publish_from(self, revision: Revision, live: LiveWeights) -> None:
+        async with live() as ref:
+            await self._publish(revision, ref)
 
     @asynccontextmanager
     async def use(self, name: str | None) -> AsyncIterator[str | None]:

@@ -210,12 +210,11 @@ class Sampling:
         base = sample.base
         while True:
             sample.entry.status, sample.entry.started_at = ACTIVE, None
-            await base.wait_started()
-            sampler = base.sampler
+            sampler = await base.wait_sampler()
             try:
                 return await self._attempt(sample, sampler)
             except WorkerLostError as error:
-                if not _is_lost(base, sampler):
+                if base.is_serving(sampler):
                     raise
                 if sample.num_deaths >= MAX_DEATHS:
                     message = f"the workers died {sample.num_deaths} times under this sample, it is given up: {error}"
@@ -228,7 +227,7 @@ class Sampling:
         entry.status = _LOADING
         async with base.revisions.use(name) as revision, self._turn(sample):
             request = sample.request = sample.request or await sample.load()
-            if _is_lost(base, sampler):
+            if not base.is_serving(sampler):
                 raise WorkerLostError("the sampler ended before this sample began")
             entry.status, entry.started_at = ACTIVE, self._clock.monotonic()
             prepared = PreparedSample(request_id=entry.accepted.request_id, revision=revision, request=request)
@@ -296,11 +295,6 @@ class Sampling:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _is_lost(base: BaseModel, sampler: Sampler) -> bool:
-    """Whether a sampler ended with the workers of its base model, which start again."""
-    return not base.has_sampler or base.sampler is not sampler or base.group.is_lost
 
 
 @attrs.frozen

@@ -58,11 +58,12 @@ class Settlement:
             return
         base = self._bases.get(entry.base_model)
         model_id, seq_id = entry.accepted.model_id, entry.seq_id
-        fate = fate_of(entry, output, in_order=False)
         if base is not None and model_id is not None and seq_id is not None and base.residence.knows(model_id):
             fate = fate_of(entry, output, in_order=True)
             if fate is not Fate.DROP:
                 base.residence.note_done(model_id, done_of(entry, model_id, seq_id, fate))
+        else:
+            fate = fate_of(entry, output, in_order=False)
         if base is not None and cover is not None:
             base.residence.cover(cover)
         row = ResultRow(

@@ -1,7 +1,10 @@
-"""Starting and stopping what a base model runs on: its worker group and its sampler."""
+"""Starting what a base model runs on: its worker group and its sampler."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Self
 
 import attrs
@@ -9,12 +12,13 @@ import attrs
 from tinker_core.engine.config import EngineConfig
 from tinker_core.engine.group_sampler import GroupSampler
 from tinker_core.engine.interruption import to_its_end
+from tinker_core.engine.own_sampler import OwnSampler
 from tinker_core.engine.probe import probe_sampling, probe_training
 from tinker_core.errors import ConfigurationError
 from tinker_core.executors.protocol import GroupCapabilities
-from tinker_core.interfaces import Sampler, SamplerContext, SamplerPlugin, TrainerPlugin, WorkerGroup, WorkerGroupSpec
+from tinker_core.interfaces import Sampler, SamplerPlugin, TrainerPlugin, WorkerGroup, WorkerGroupSpec
 from tinker_core.plugins import Plugins
-from tinker_core.types import BaseModelSpec, Placement
+from tinker_core.types import BaseModelSpec
 
 
 def trainer_plugin(config: EngineConfig, plugins: Plugins) -> TrainerPlugin:
@@ -26,7 +30,8 @@ def trainer_plugin(config: EngineConfig, plugins: Plugins) -> TrainerPlugin:
     return trainers[config.backend]
 
 
-def _sampler_plugin(spec: BaseModelSpec, config: EngineConfig, plugins: Plugins) -> SamplerPlugin | None:
+def sampler_plugin(spec: BaseModelSpec, config: EngineConfig, plugins: Plugins) -> SamplerPlugin | None:
+    """The chosen sampler, if this base model has one; raises `ConfigurationError`."""
     if config.sampler is None or not spec.sampleable:
         return None
     samplers = plugins.samplers()
@@ -43,55 +48,58 @@ class Workers:
     group: WorkerGroup
     capabilities: GroupCapabilities
     sampler: Sampler | None = None
+    """In the workers, or beside them."""
 
     @classmethod
-    async def start(cls, spec: BaseModelSpec, config: EngineConfig, plugins: Plugins) -> Self:
-        """Start everything; raises the reason why something does not, and then nothing runs."""
+    async def start(
+        cls, spec: BaseModelSpec, config: EngineConfig, plugins: Plugins, own: OwnSampler | None = None
+    ) -> Self:
+        """Start the workers, and a sampler beside them unless it runs already.
+
+        Raises the reason why something does not start, and then no worker runs.
+        """
         executors = plugins.executors()
         if config.executor not in executors:
             raise ConfigurationError(f"no plugin registers the executor {config.executor!r}")
-        plugin = _sampler_plugin(spec, config, plugins)
-        in_rank = plugin.name if plugin is not None and plugin.placement is Placement.WITH_TRAINER else None
-        group: WorkerGroup = await executors[config.executor].start(_group_spec(spec, config, in_rank))
-        workers: Self | None = None
-        try:
-            workers = cls(group=group, capabilities=await group.call("capabilities"))
-            await workers.start_sampler(plugin, spec, config)
-            if spec.trainable:
-                await probe_training(group, workers.capabilities)
-            if workers.sampler is not None:
-                await probe_sampling(workers.sampler)
-        except BaseException:
-            await to_its_end(group.close() if workers is None else workers.stop())  # no process may stay behind
-            raise
+        plugin = sampler_plugin(spec, config, plugins)
+        in_rank = plugin.name if plugin is not None and own is None else None
+        async with _starting(own, config) as beside:
+            group: WorkerGroup = await executors[config.executor].start(_group_spec(spec, config, in_rank))
+            try:
+                workers = cls(group=group, capabilities=await group.call("capabilities"))
+                if in_rank is not None:
+                    assert workers.capabilities.sampler is not None
+                    workers.sampler = GroupSampler(group, workers.capabilities.sampler)
+                if spec.trainable:
+                    await probe_training(group, workers.capabilities)
+                was_there = own is not None and own.sampler is not None
+                if beside is not None:
+                    workers.sampler = await beside
+                if workers.sampler is not None and not was_there:
+                    await probe_sampling(workers.sampler)
+            except BaseException:
+                await to_its_end(group.close())  # no process may stay behind
+                raise
         return workers
 
-    async def start_sampler(self, plugin: SamplerPlugin | None, spec: BaseModelSpec, config: EngineConfig) -> None:
-        """Start the sampler, if there is one, in the ranks or beside them."""
-        if plugin is None:
-            return
-        if plugin.placement is Placement.WITH_TRAINER:
-            assert self.capabilities.sampler is not None
-            self.sampler = GroupSampler(self.group, self.capabilities.sampler)
-            return
-        if plugin.build is None:
-            raise ConfigurationError(f"sampler {plugin.name!r} registers no builder for placement {plugin.placement}")
-        context = SamplerContext(
-            base_model=spec,
-            device=config.device,
-            dtype=config.dtype,
-            directory=str(config.data_dir / "sampler"),
-            max_revisions=config.max_revisions,
-            options=config.options,
-        )
-        self.sampler = plugin.build(context)
-        await self.sampler.start()
 
-    async def stop(self) -> None:
-        """Stop everything."""
-        if self.sampler is not None:
-            await self.sampler.close()
-        await self.group.close()
+@asynccontextmanager
+async def _starting(own: OwnSampler | None, config: EngineConfig) -> AsyncIterator[asyncio.Task[Sampler] | None]:
+    """The start of a sampler beside the workers, given up when the block fails."""
+    if own is None:
+        yield None
+        return
+    task = asyncio.create_task(own.start())
+    try:
+        if config.device != "cpu":
+            # Engines measure what is free on a GPU to know what they may take; nobody else may take some meanwhile.
+            await asyncio.wait([task])
+            task.result()
+        yield task
+    finally:
+        if not task.done():
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _group_spec(spec: BaseModelSpec, config: EngineConfig, sampler: str | None) -> WorkerGroupSpec:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import re
 import secrets
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -18,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 from tinker_core.errors import ConfigurationError, StorageError
 from tinker_core.storage.checkpoint_files import FileStore, check_names, is_allowed, link_files, local_sizes
 from tinker_core.storage.local_checkpoints import LocalFiles
+from tinker_core.storage.local_files import reported
 from tinker_core.storage.sealed import make_directory, remove, seal
 from tinker_core.types import CheckpointRecord, CheckpointType, TinkerPath, check_checkpoint_name
 
@@ -159,7 +159,7 @@ class CheckpointStore:
 
 
 def _seal(directory: Path, location: str) -> int:
-    with _reported("read", directory):
+    with reported("read", f"the files of a checkpoint in {directory}"):
         names = local_sizes(directory)
     if not names:
         raise StorageError(f"nothing was written for checkpoint {location}; report this to the trainer's author")
@@ -168,22 +168,11 @@ def _seal(directory: Path, location: str) -> int:
 
 
 def _link(source: Path, directory: Path) -> None:
-    with _reported("copy", source):
+    with reported("copy", f"the files of a checkpoint in {source}"):
         link_files(source, directory)
 
 
 def files_of(directory: Path) -> dict[str, int]:
     """Bytes of the files of a checkpoint in a local directory by name. Blocking. Raises `StorageError`."""
-    with _reported("read", directory):
+    with reported("read", f"the files of a checkpoint in {directory}"):
         return {name: size for name, size in local_sizes(directory).items() if is_allowed(name)}
-
-
-@contextlib.contextmanager
-def _reported(verb: str, directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"cannot {verb} the files of a checkpoint in {directory}: {error.strerror or error}; check free space and "
-            "permissions of the data directory"
-        ) from error

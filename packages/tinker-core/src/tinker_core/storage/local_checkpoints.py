@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from tinker_core.errors import DamagedRecordError, StorageError
 from tinker_core.storage.checkpoint_files import check_names, is_sealed, local_sizes
+from tinker_core.storage.local_files import reported, sync
 from tinker_core.storage.sealed import sealed_name, verify
 
 _INCOMING = ".incoming"
@@ -58,7 +58,7 @@ class LocalFiles:
         """What lies at a location."""
 
         def find() -> dict[str, int]:
-            with self._reported("read", location):
+            with reported("read", f"checkpoint {location}"):
                 return local_sizes(self._root / location)
 
         return await asyncio.to_thread(find)
@@ -70,7 +70,7 @@ class LocalFiles:
 
     def _find(self, location: str, verified: bool) -> Path:
         directory = self._root / location
-        with self._reported("read", location):
+        with reported("read", f"checkpoint {location}"):
             if not directory.is_dir():
                 raise StorageError(f"cannot read checkpoint {location}: its files are gone from {self}")
             if verified and is_sealed(location):
@@ -79,17 +79,17 @@ class LocalFiles:
 
     def _publish(self, directory: Path, location: str) -> None:
         target = self._root / location
-        with self._reported("write", location), self._lock:
+        with reported("write", f"checkpoint {location}"), self._lock:
             target.parent.mkdir(parents=True, exist_ok=True)
             directory.rename(target)
             for parent in target.parents:
-                _sync(parent)
+                sync(parent)
                 if parent == self._root:
                     break
 
     def _remove(self, location: str) -> None:
         target = self._root / location
-        with self._reported("remove", location), self._lock:
+        with reported("remove", f"checkpoint {location}"), self._lock:
             if target.exists():
                 shutil.rmtree(target)
             for parent in target.parents:
@@ -98,7 +98,7 @@ class LocalFiles:
                 parent.rmdir()
 
     def _sweep(self) -> None:
-        with self._reported("remove", "of an unfinished save"):
+        with reported("remove", "checkpoint of an unfinished save"):
             if not self._is_shared:
                 self._take_back()
             with contextlib.suppress(FileNotFoundError):
@@ -113,16 +113,6 @@ class LocalFiles:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self._root / _REPLACED)
 
-    @contextlib.contextmanager
-    def _reported(self, verb: str, what: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise StorageError(
-                f"cannot {verb} checkpoint {what}: {error.strerror or error}; check free space and permissions of "
-                "the data directory"
-            ) from error
-
 
 def check_sealed(directory: Path, location: str) -> None:
     """Raise `DamagedRecordError` unless a directory holds what was sealed for a location. Blocking.
@@ -133,11 +123,3 @@ def check_sealed(directory: Path, location: str) -> None:
     if sealed_name(directory) != location:
         raise DamagedRecordError(f"{directory} holds the files of another checkpoint than {location!r}")
     check_names(local_sizes(directory), location)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from tinker_core.errors import DamagedRecordError, StorageError
+from tinker_core.storage.local_files import reported, sync
 
 SEAL_FILE = "seal.json"
 """What is sealed, and the SHA-256 of every file beside it."""
@@ -18,38 +17,38 @@ SEAL_FILE = "seal.json"
 
 def make_directory(directory: Path) -> None:
     """A new empty directory to be sealed later. Raises `StorageError`."""
-    with _reported("write", directory):
+    with reported("write", directory):
         directory.mkdir(parents=True)
 
 
 def make_durable_directory(directory: Path) -> None:
     """A directory that is still there after a power cut, if it was not there before. Raises `StorageError`."""
-    with _reported("write", directory):
+    with reported("write", directory):
         missing = [each for each in (directory, *directory.parents) if not each.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         for each in reversed(missing):
-            _sync(each.parent)
+            sync(each.parent)
 
 
 def seal(directory: Path, name: str) -> int:
     """Checksum all files of a directory and flush them to disk; returns their size in bytes. Raises `StorageError`."""
-    with _reported("write", directory):
+    with reported("write", directory):
         files = _files(directory)
         sums = {file: _checksum(directory / file) for file in files}
         (directory / SEAL_FILE).write_text(json.dumps({"name": name, "sha256": sums}))
         for file in (*files, SEAL_FILE):
-            _sync(directory / file)
-        _sync(directory)
+            sync(directory / file)
+        sync(directory)
         return sum((directory / file).stat().st_size for file in files)
 
 
 def put_in_place(directory: Path, target: Path) -> None:
     """Give a sealed directory its final name at once and durably; what was there goes. Raises `StorageError`."""
-    with _reported("write", target):
+    with reported("write", target):
         if target.exists():
             shutil.rmtree(target)
         directory.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
 
 
 def sealed_name(directory: Path) -> str:
@@ -59,14 +58,14 @@ def sealed_name(directory: Path) -> str:
 
 def size_on_disk(directory: Path) -> int:
     """Bytes of the files of a sealed directory. Raises `StorageError`."""
-    with _reported("read", directory):
+    with reported("read", directory):
         return sum((directory / file).stat().st_size for file in _files(directory))
 
 
 def verify(directory: Path) -> None:
     """Raise `DamagedRecordError`, naming the file, unless all files are as they were when they were sealed."""
     _, sums = _read(directory)
-    with _reported("read", directory):
+    with reported("read", directory):
         found = _files(directory)
         for file in sorted(sums.keys() | set(found)):
             if file not in found:
@@ -79,7 +78,7 @@ def verify(directory: Path) -> None:
 
 def remove(directory: Path) -> None:
     """Remove a directory if it is there. Raises `StorageError`."""
-    with _reported("remove", directory), contextlib.suppress(FileNotFoundError):
+    with reported("remove", directory), contextlib.suppress(FileNotFoundError):
         shutil.rmtree(directory)
 
 
@@ -105,22 +104,3 @@ def _files(directory: Path) -> list[str]:
 def _checksum(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _reported(verb: str, what: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StorageError(
-            f"cannot {verb} {what}: {reason}; check free space and permissions of the data directory"
-        ) from error

@@ -238,7 +238,7 @@ class FakeTrainer:
             max_models=self.context.max_models,
             max_context_length=self.context.max_context_length or CONTEXT_LENGTH,
             vocab_size=VOCAB_SIZE,
-            transports=(Transport.IN_PROCESS, Transport.FILE),
+            transports=(Transport.IN_PROCESS, Transport.SHARED_MEMORY, Transport.FILE),
             offers_model_handle=True,
             architecture="fake",
         )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from tinker_core.executors.local import start_local
 from tinker_core.interfaces import WorkerGroup, WorkerGroupSpec
+
+_T = TypeVar("_T")
 
 
 class BlockingGroup:
@@ -23,6 +25,10 @@ class BlockingGroup:
     def start(self, method: str, payload: object = None) -> Future[Any]:
         """Send a command; its answer is the future's result, its error the future's exception."""
         return asyncio.run_coroutine_threadsafe(self._group.call(method, payload), self._loop)
+
+    def run(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
+        """Run something else on the same event loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def call(self, method: str, payload: object = None) -> Any:  # noqa: ANN401 - typed per method
         """Send a command and wait for its answer."""

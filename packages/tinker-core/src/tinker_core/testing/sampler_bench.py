@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+import asyncio
+import tempfile
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +18,9 @@ from tinker_core.executors.protocol import (
     PublishCall,
     RetireCall,
     SaveRevisionCall,
+    StateCall,
 )
+from tinker_core.interfaces import Sampler
 from tinker_core.testing.group import BlockingGroup
 from tinker_core.testing.trainer_lab import make_datum
 from tinker_core.types import (
@@ -39,7 +43,7 @@ Logprobs = npt.NDArray[np.float32]
 
 
 class SamplerBench(Protocol):
-    """What the contract needs; `GroupBench` offers it for samplers inside trainer ranks."""
+    """What the contract needs; `GroupBench` offers it for samplers inside trainer ranks, `OwnBench` for others."""
 
     @property
     def capabilities(self) -> SamplerCapabilities:
@@ -76,19 +80,15 @@ class SamplerBench(Protocol):
         """Give a sample up."""
 
 
-class GroupBench:
-    """Implements `SamplerBench` over a worker group whose sampler runs in the trainer's ranks."""
+class _TrainerSide:
+    """What both benches do with their trainer."""
 
-    def __init__(self, group: BlockingGroup) -> None:
-        self._group = group
-        self._ids = itertools.count()
-        capabilities: GroupCapabilities = group.call("capabilities")
-        assert capabilities.sampler is not None
-        self._capabilities = capabilities.sampler
+    _group: BlockingGroup
+    _capabilities: SamplerCapabilities
 
     @property
     def capabilities(self) -> SamplerCapabilities:
-        """The rank sampler's."""
+        """The sampler's own."""
         return self._capabilities
 
     def create_model(self, model_id: str, lora: LoraConfig) -> None:
@@ -130,6 +130,16 @@ class GroupBench:
         assert result.output is not None, result.error
         return result.output.loss_fn_outputs[0]["logprobs"].data.astype(np.float32)
 
+
+class GroupBench(_TrainerSide):
+    """Implements `SamplerBench` over a worker group whose sampler runs in the trainer's ranks."""
+
+    def __init__(self, group: BlockingGroup) -> None:
+        self._group = group
+        capabilities: GroupCapabilities = group.call("capabilities")
+        assert capabilities.sampler is not None
+        self._capabilities = capabilities.sampler
+
     def publish(self, revision: str, model_id: str) -> None:
         """Copy the live row in the ranks."""
         ref = WeightsRef(transport=Transport.IN_PROCESS, model_id=model_id)
@@ -155,3 +165,56 @@ class GroupBench:
     def cancel(self, request_id: str) -> None:
         """Cancel in the ranks."""
         self._group.call("cancel", CancelCall(request_id=request_id))
+
+
+class OwnBench(_TrainerSide):
+    """Implements `SamplerBench` over a worker group and a sampler of placement OWN that has started."""
+
+    def __init__(self, group: BlockingGroup, sampler: Sampler, directory: Path) -> None:
+        """``directory`` is a place for weights on their way, best in memory."""
+        self._group = group
+        self._sampler = sampler
+        self._directory = directory
+        self._capabilities = sampler.capabilities()
+        self._running: dict[str, asyncio.Task[SampleOutput]] = {}
+
+    def publish(self, revision: str, model_id: str) -> None:
+        """Hand the live row over through memory."""
+        with tempfile.TemporaryDirectory(dir=self._directory, ignore_cleanup_errors=True) as directory:
+            self._group.call("export", StateCall(model_id=model_id, directory=directory))
+            self._publish(revision, WeightsRef(transport=Transport.SHARED_MEMORY, directory=directory))
+
+    def publish_files(self, revision: str, directory: str) -> None:
+        """Have a directory read."""
+        self._publish(revision, WeightsRef(transport=Transport.FILE, directory=directory))
+
+    def _publish(self, revision: str, ref: WeightsRef) -> None:
+        self._group.run(self._sampler.publish(revision, ref)).result(timeout=120)
+
+    def save_revision(self, revision: str, directory: str) -> None:
+        """Have a revision written."""
+        self._group.run(self._sampler.save_revision(revision, directory)).result(timeout=120)
+
+    def retire(self, revision: str) -> None:
+        """Take a revision away."""
+        self._group.run(self._sampler.retire(revision)).result(timeout=120)
+
+    def sample(self, sample: PreparedSample) -> Future[SampleOutput]:
+        """Begin a sample."""
+        return self._group.run(self._sample(sample))
+
+    async def _sample(self, sample: PreparedSample) -> SampleOutput:
+        task = self._running[sample.request_id] = asyncio.ensure_future(self._sampler.sample(sample))
+        try:
+            return await task
+        finally:
+            del self._running[sample.request_id]
+
+    def cancel(self, request_id: str) -> None:
+        """Give a sample up, as the engine does: by cancelling who waits for it."""
+        self._group.run(self._cancel(request_id)).result(timeout=120)
+
+    async def _cancel(self, request_id: str) -> None:
+        task = self._running.get(request_id)
+        if task is not None:
+            task.cancel()

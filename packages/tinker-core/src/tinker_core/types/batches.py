@@ -84,7 +84,7 @@ class WeightsRef:
     model_id: str | None = None
     """IN_PROCESS: the live model to copy."""
     directory: str | None = None
-    """FILE: an absolute directory in PEFT format."""
+    """FILE and SHARED_MEMORY: an absolute directory in PEFT format."""
 
 
 @attrs.frozen(kw_only=True)

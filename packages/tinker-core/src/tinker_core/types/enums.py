@@ -86,6 +86,7 @@ class Transport(StrEnum):
     FILE = "file"
     """A directory in PEFT format."""
     SHARED_MEMORY = "shared_memory"
+    """A directory in PEFT format that lies in memory and becomes the sampler's own."""
     OBJECT_STORE = "object_store"
     NCCL = "nccl"
 

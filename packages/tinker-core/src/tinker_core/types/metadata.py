@@ -50,6 +50,10 @@ class SamplerCapabilities:
     """Revisions that may be resident at once; beyond, the engine takes away the least recently used."""
     max_topk: int = 64
     modalities: tuple[str, ...] = ("text",)
+    max_lora_rank: int | None = None
+    """Greatest rank of an adapter that it can serve; None where whatever the trainer makes can be served."""
+    lora_targets: tuple[str, ...] | None = None
+    """Last name segments of the linears that an adapter may change; None as above."""
 
 
 @attrs.frozen(kw_only=True)

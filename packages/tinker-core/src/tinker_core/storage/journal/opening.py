@@ -23,10 +23,11 @@ from tinker_core.storage.journal.schema import (
     create_tables,
     has_tables,
 )
-from tinker_core.storage.journal.side_files import SideFiles, sync_directory
+from tinker_core.storage.journal.side_files import SideFiles
 from tinker_core.storage.journal.tail import Tail, Witness, create_tail, read_tail
 from tinker_core.storage.journal.totals import Totals
 from tinker_core.storage.journal.wal import wal_damage
+from tinker_core.storage.local_files import sync
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +90,8 @@ def _open(directory: Path, files: SideFiles, reserve: Reserve) -> Opened:
     if witness is None and not path.exists():
         create_tail(directory / TAIL)
         witness = read_tail(directory / TAIL)
-    sync_directory(directory)
-    sync_directory(directory.parent)
+    sync(directory)
+    sync(directory.parent)
     with contextlib.ExitStack() as stack, _named(path):
         connection = stack.enter_context(contextlib.closing(connect(path)))
         journal_id = _verified(connection, path, witness)

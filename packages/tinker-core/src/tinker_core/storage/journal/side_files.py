@@ -14,6 +14,7 @@ from pathlib import Path
 import attrs
 
 from tinker_core.storage.journal.checks import BODY, RESULT
+from tinker_core.storage.local_files import sync
 
 _SUFFIXES = {BODY: ".body", RESULT: ".result"}
 _KINDS = {suffix: kind for kind, suffix in _SUFFIXES.items()}
@@ -57,7 +58,7 @@ class SideFiles:
 
     def sync_directory(self) -> None:
         """Make the names of all written files durable."""
-        sync_directory(self.directory)
+        sync(self.directory)
 
     def read(self, file: SideFile) -> bytes:
         """A payload; raises `OSError`."""
@@ -75,12 +76,3 @@ class SideFiles:
             if suffix not in _KINDS:
                 raise ValueError(f"{entry.path!r} is none of the journal's files; move it away")
             yield SideFile(_KINDS[suffix], int(stem, 16))
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ from zlib import crc32
 
 import attrs
 
-from tinker_core.storage.journal.side_files import sync_directory
+from tinker_core.storage.local_files import sync
 
 _RECORD = struct.Struct("<8s16sQ")
 _CHECK = struct.Struct("<I")
@@ -55,7 +55,7 @@ def create_tail(path: Path) -> None:
     finally:
         os.close(descriptor)
     temporary.rename(path)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 class Tail:

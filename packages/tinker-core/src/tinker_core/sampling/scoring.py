@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tinker_backend_fsdp.sampler.drawing import Stream, invert, uniforms, words
+from tinker_core.sampling.drawing import Stream, invert, uniforms, words
 from tinker_core.types import PromptAltTokens, SampleInput, TensorData, TopkLogprobs
 
 EMPTY_LOGPROB = -99999.0

@@ -112,14 +112,17 @@ def load_decoder(model_path: str) -> Decode:
 
 def eos_tokens(causal_lm: Any, model_path: str) -> frozenset[int]:  # noqa: ANN401 - any Hugging Face model
     """End-of-sequence ids of a base model: its ``generation_config.json``, else its configuration."""
+    return eos_tokens_of(model_path, causal_lm.generation_config, causal_lm.config)
+
+
+def eos_tokens_of(model_path: str, *configurations: Any) -> frozenset[int]:  # noqa: ANN401 - Hugging Face's
+    """End-of-sequence ids by ``generation_config.json`` in a model's directory, else by the first that names some."""
     from transformers import GenerationConfig
 
     if (Path(model_path) / "generation_config.json").is_file():
-        configured = GenerationConfig.from_pretrained(model_path).eos_token_id
-    else:
-        configured = causal_lm.generation_config.eos_token_id if causal_lm.generation_config else None
-    if configured is None:
-        configured = causal_lm.config.eos_token_id
-    if configured is None:
-        return frozenset()
-    return frozenset([configured] if isinstance(configured, int) else configured)
+        configurations = (GenerationConfig.from_pretrained(model_path), *configurations[-1:])
+    for configuration in configurations:
+        named = getattr(configuration, "eos_token_id", None)
+        if named is not None:
+            return frozenset([named] if isinstance(named, int) else named)
+    return frozenset()
