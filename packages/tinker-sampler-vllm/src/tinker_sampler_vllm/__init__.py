@@ -1,0 +1,1 @@
+"""The sampler ``vllm``: samples from vLLM engines, on this machine or on others."""

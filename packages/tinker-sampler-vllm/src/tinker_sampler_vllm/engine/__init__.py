@@ -1,0 +1,1 @@
+"""The engine process: one vLLM engine behind a socket."""

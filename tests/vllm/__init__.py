@@ -1,0 +1,1 @@
+"""The sampler ``vllm`` with real engines of vLLM's CPU build."""
