@@ -18,6 +18,7 @@ from tinker_core.engine import NewSession, workers
 from tinker_core.types import (
     LOCAL_CALLER,
     LOCAL_OWNER,
+    BaseModelSpec,
     EngineOutput,
     ModelInput,
     RequestError,
@@ -153,6 +154,24 @@ def test_a_sampler_beside_the_workers_goes_on_without_them(open_engine: EngineFa
                 gate.opened(prompt).set()
             assert [code(await client.result(name)) for name in (first, second)] == ["SampleOutput"] * 2
             assert gate.num_samplers == 1
+
+    asyncio.run(body())
+
+
+def test_a_base_model_that_is_only_sampled_from_needs_no_workers_beside_its_sampler(open_engine: EngineFactory) -> None:
+    async def body() -> None:
+        gate = Gate()
+        gate.opened(10).set()
+        base_model = BaseModelSpec(name="tiny", path="tiny", trainable=False)
+        async with open_engine(sampler="gate", more_plugins={"gate": gate}, base_models=(base_model,)) as client:
+            sampler = await open_sampler(client, base_model="tiny")
+            assert code(await client.result(await submit(client, sampler, 0, 10))) == "SampleOutput"
+            assert ranks_of(os.getpid()) == {}
+            [model] = client.engine.supported_models()
+            assert (model.trainable, model.sampleable, model.max_context_length) == (False, True, 64)
+            refused = await client.run(client.create_input(0))
+            assert isinstance(refused, RequestError)
+            assert "sampling only" in refused.message
 
     asyncio.run(body())
 

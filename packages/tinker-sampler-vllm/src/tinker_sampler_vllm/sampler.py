@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +36,7 @@ class VllmSampler:
         self._weights_directory = weights_directory
         self._weights: HeldWeights
         self._capabilities: SamplerCapabilities
+        self._one_by_one = asyncio.Lock()
         self._running: dict[str, tuple[EngineKeeper, EngineLink] | None] = {}
         """Where each sample is; None while it waits for an engine."""
 
@@ -97,7 +100,8 @@ class VllmSampler:
         try:
             while True:
                 try:
-                    return await self._attempt(sample)
+                    async with self._turn(deaths):
+                        return await self._attempt(sample)
                 except WorkerLostError as error:
                     deaths += 1
                     if deaths >= MAX_DEATHS:
@@ -106,6 +110,18 @@ class VllmSampler:
                     log.warning("sample %s runs again: %s", sample.request_id, error)
         finally:
             del self._running[sample.request_id]
+
+    @asynccontextmanager
+    async def _turn(self, deaths: int) -> AsyncIterator[None]:
+        """One at a time of those under which engines have died more than once.
+
+        So the samples that only ran beside one that kills its engine do not share its fate.
+        """
+        if deaths < MAX_DEATHS - 1:
+            yield
+            return
+        async with self._one_by_one:
+            yield
 
     async def _attempt(self, sample: PreparedSample) -> SampleOutput:
         session = sample.request.sampling_session_id

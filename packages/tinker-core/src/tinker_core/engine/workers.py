@@ -12,6 +12,7 @@ import attrs
 from tinker_core.engine.config import EngineConfig
 from tinker_core.engine.group_sampler import GroupSampler
 from tinker_core.engine.interruption import to_its_end
+from tinker_core.engine.no_trainer import NoTrainer
 from tinker_core.engine.own_sampler import OwnSampler
 from tinker_core.engine.probe import probe_sampling, probe_training
 from tinker_core.errors import ConfigurationError
@@ -63,8 +64,13 @@ class Workers:
             raise ConfigurationError(f"no plugin registers the executor {config.executor!r}")
         plugin = sampler_plugin(spec, config, plugins)
         in_rank = plugin.name if plugin is not None and own is None else None
+        was_there = own is not None and own.sampler is not None
         async with _starting(own, config) as beside:
-            group: WorkerGroup = await executors[config.executor].start(_group_spec(spec, config, in_rank))
+            group: WorkerGroup
+            if beside is not None and not spec.trainable:
+                group = NoTrainer(spec, (await beside).capabilities())
+            else:
+                group = await executors[config.executor].start(_group_spec(spec, config, in_rank))
             try:
                 workers = cls(group=group, capabilities=await group.call("capabilities"))
                 if in_rank is not None:
@@ -72,7 +78,6 @@ class Workers:
                     workers.sampler = GroupSampler(group, workers.capabilities.sampler)
                 if spec.trainable:
                     await probe_training(group, workers.capabilities)
-                was_there = own is not None and own.sampler is not None
                 if beside is not None:
                     workers.sampler = await beside
                 if workers.sampler is not None and not was_there:
