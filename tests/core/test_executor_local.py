@@ -204,8 +204,8 @@ def test_a_data_directory_belongs_to_one_engine(open_engine: EngineFactory) -> N
 
 def test_a_base_model_that_cannot_train_never_becomes_ready(open_engine: EngineFactory) -> None:
     async def body() -> None:
-        async with open_engine(max_models=0) as client:
-            with pytest.raises(TinkerError, match="slots"):
+        async with open_engine(max_lora_rank=0) as client:
+            with pytest.raises(TinkerError, match="lora rank 1 must be"):
                 await client.engine.wait_ready()
             readiness = client.engine.readiness()
             assert not readiness.ready

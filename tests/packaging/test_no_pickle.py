@@ -18,6 +18,8 @@ LIBRARIES = (
 )
 """Modules that pickle, or whose queues, pipes, pools and stores do."""
 FUNCTIONS = frozenset({"torch.load", "torch.save", "torch.serialization", "np.fromfile", "numpy.fromfile"})
+HARMLESS = frozenset({"multiprocessing.parent_process"})
+"""Of these libraries, and sends nothing."""
 METHODS = frozenset({"read_pickle", "send_pyobj", "recv_pyobj", "send_object", "recv_object"})
 """Last parts of names, of whatever they are called on."""
 
@@ -26,7 +28,12 @@ def is_pickling(name: str) -> bool:
     """Whether a dotted name pickles; ``broadcast_object_list``, ``all_gather_object`` and their like do."""
     last = name.rpartition(".")[2]
     library = any(name == one or name.startswith(f"{one}.") for one in LIBRARIES)
-    return library or name in FUNCTIONS or last in METHODS or last.endswith(("_object_list", "gather_object"))
+    return (
+        (library and name not in HARMLESS)
+        or name in FUNCTIONS
+        or last in METHODS
+        or last.endswith(("_object_list", "gather_object"))
+    )
 
 
 def pickles(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -87,3 +94,4 @@ def test_what_pickles_is_found(code: str) -> None:
 def test_what_does_not_pickle_is_left_alone() -> None:
     code = "np.load(path, allow_pickle=False)\njson.loads(text)\nself.load(rows)\nsocket.send_multipart(parts)"
     assert list(pickles(ast.parse(code))) == []
+    assert list(pickles(ast.parse("from multiprocessing import parent_process"))) == []

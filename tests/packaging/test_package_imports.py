@@ -12,9 +12,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {path.name: path for path in sorted(ROOT.glob("packages/*/src/*")) if (path / "__init__.py").exists()}
-TORCH = {"torch", "transformers", "peft", "safetensors", "accelerate"}
+TORCH = {"torch", "transformers", "peft", "safetensors", "accelerate", "vllm"}
 HTTP = {"starlette", "uvicorn", "httpx", "google"}
 SDK = {"tinker"}
+CORE_WITH_TORCH = (
+    "tinker_core.training",
+    "tinker_core.testing",
+    "tinker_core.sampling.drawing",
+    "tinker_core.sampling.scoring",
+)
+"""Parts of tinker-core that need an extra."""
 
 
 def forbidden_in(package: str) -> set[str]:
@@ -55,7 +62,7 @@ def modules(package: str) -> list[Path]:
 
 
 def test_all_packages_are_looked_at() -> None:
-    assert {"tinker_core", "tinker_server", "tinker_backend_fsdp"} <= set(SOURCES)
+    assert {"tinker_core", "tinker_server", "tinker_backend_fsdp", "tinker_sampler_vllm"} <= set(SOURCES)
 
 
 @pytest.mark.parametrize("package", SOURCES)
@@ -69,17 +76,24 @@ def test_no_package_imports_what_it_must_not_know(package: str) -> None:
     assert wrong == []
 
 
-def test_tinker_core_needs_torch_only_in_training_and_testing() -> None:
-    optional = (SOURCES["tinker_core"] / "training", SOURCES["tinker_core"] / "testing")
+def test_tinker_core_needs_torch_only_in_parts_with_an_extra() -> None:
+    optional = {module.split(".", 1)[1].replace(".", "/") for module in CORE_WITH_TORCH}
+    root = SOURCES["tinker_core"]
+    light = [
+        path for path in modules("tinker_core") if not _in_parts(str(path.relative_to(root).with_suffix("")), optional)
+    ]
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {name}"
-        for path in modules("tinker_core")
-        if not path.is_relative_to(optional[0]) and not path.is_relative_to(optional[1])
+        for path in light
         for statement in runs_at_import(ast.parse(path.read_text()))
         for name, line in imports_of(statement)
         if name.split(".")[0] in TORCH or name.startswith("tinker_core.training")
     ]
     assert wrong == []
+
+
+def _in_parts(path: str, parts: set[str]) -> bool:
+    return any(path == part or path.startswith(f"{part}/") for part in parts)
 
 
 def test_only_the_plugin_manager_calls_hooks() -> None:
@@ -103,11 +117,15 @@ def importing_all_of(package: str, *skip: str) -> set[str]:
     return loaded_after(str(ROOT / "scripts" / "import_all.py"), package, *skip)
 
 
+def top_levels(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
 PRINT_LOADED = "; import sys; print(*sorted(sys.modules))"
 
 
 def test_tinker_core_loads_without_torch_http_or_plugins() -> None:
-    loaded = importing_all_of("tinker_core", "tinker_core.training", "tinker_core.testing")
+    loaded = importing_all_of("tinker_core", "-torch", "-pytest")
     assert "tinker_core.engine" in loaded
     assert loaded & (TORCH | HTTP | SDK | {"tinker_server", "tinker_backend_fsdp", "pytest"}) == set()
 
@@ -118,16 +136,22 @@ def test_tinker_server_loads_without_torch_or_plugins() -> None:
     assert loaded & (TORCH | SDK | {"tinker_backend_fsdp"}) == set()
 
 
+def test_the_servers_side_of_the_vllm_sampler_loads_without_torch_or_vllm() -> None:
+    loaded = importing_all_of("tinker_sampler_vllm", "-torch")
+    assert {"tinker_sampler_vllm.sampler", "tinker_sampler_vllm.links.local"} <= loaded
+    assert loaded & (TORCH | SDK | {"tinker_server", "tinker_backend_fsdp"}) == set()
+
+
 @pytest.mark.parametrize("package", sorted(set(SOURCES) - {"tinker_server"}))
 def test_hooks_import_nothing_heavy(package: str) -> None:
     loaded = loaded_after("-c", f"import {package}.hooks" + PRINT_LOADED)
     assert loaded & TORCH == set()
-    if package != "tinker_core":
-        assert {name for name in loaded if name.startswith(f"{package}.")} == {f"{package}.hooks"}
+    light = loaded_after("-c", "import tinker_core.hooks, tinker_core.interfaces" + PRINT_LOADED)
+    assert top_levels(loaded) - top_levels(light) <= {package} | sys.stdlib_module_names
 
 
 def test_loading_all_plugins_and_listing_trainers_imports_nothing_heavy() -> None:
     code = "from tinker_core import Plugins; p = Plugins.load('*'); p.trainers(); p.samplers(); p.executors()"
     loaded = loaded_after("-c", code + PRINT_LOADED)
-    assert "tinker_backend_fsdp.hooks" in loaded
+    assert {"tinker_backend_fsdp.hooks", "tinker_sampler_vllm.hooks"} <= loaded
     assert loaded & TORCH == set()

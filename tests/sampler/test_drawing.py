@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from tinker_core.sampling.drawing import NUCLEUS_GUESS, draw, invert, uniforms, words
+from tinker_core.sampling.drawing import NUCLEUS_GUESS, draw, invert
+from tinker_core.sampling.numbers import uniforms, words
 from tinker_core.types import SamplingParams
 
 COUNT = 20_000

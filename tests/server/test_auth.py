@@ -63,7 +63,16 @@ def test_health_needs_no_key(stranger: httpx.Client, path: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/api/v1/get_server_capabilities", "/api/v1/nothing", "/plugins", "/metrics", "/no/such/page", "/", "//healthz"],
+    [
+        "/api/v1/get_server_capabilities",
+        "/api/v1/nothing",
+        "/plugins",
+        "/metrics",
+        "/agreement",
+        "/no/such/page",
+        "/",
+        "//healthz",
+    ],
 )
 @pytest.mark.parametrize(
     "headers",

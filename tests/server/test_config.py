@@ -57,11 +57,13 @@ def test_defaults() -> None:
 
 def test_flags_reach_the_engine() -> None:
     flags = ["--num-ranks", "2", "--dtype", "bfloat16", "--max-lora-rank", "8", "--max-context-length", "99"]
+    flags += ["--agreement-tolerance", "2.5"]
     config = parse("--base-model", "a/b=c", "--base-model", "d", "--sampler", "none", *flags)
     engine = config.engine_config(plugins=("core",), device="cuda")
     assert [model.name for model in engine.base_models] == ["a/b", "d"]
     assert (engine.sampler, engine.num_ranks, engine.dtype) == (None, 2, "bfloat16")
     assert (engine.max_lora_rank, engine.max_context_length, engine.plugins) == (8, 99, ("core",))
+    assert engine.agreement_tolerance == 2.5
 
 
 def write(tmp_path: Path, text: str) -> str:
@@ -118,6 +120,8 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, reason: str)
         (["--base-model", "a", "--sampler", "magic"], "--sampler 'magic' is not installed; installed: fake, none"),
         (["--base-model", "a", "--port", "70000"], "--port must be at most 65535"),
         (["--base-model", "a", "--num-ranks", "0"], "--num-ranks must be at least 1"),
+        (["--base-model", "a", "--agreement-tolerance", "-1"], "--agreement-tolerance must be at least 0"),
+        (["--base-model", "a", "--agreement-tolerance", "nan"], "--agreement-tolerance must be a number"),
         (["--base-model", "a", "--port", "http"], "--port"),
         (["--base-model", "a", "--max-model", "3"], "unrecognized arguments: --max-model"),
         (["--base-model", "a", "--price-training", "-1"], "--price-training"),

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 from tests.server.test_command import COMMAND, FAKE, environment
 from tinker_core.testing.fakes import FAKE_PLUGIN
 from tinker_server.cli import main
-from tinker_server.doctor import machine, software, storage
+from tinker_server.doctor import machine, sampler, software, storage
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +145,21 @@ def test_a_file_system_is_told_by_the_mount_that_is_nearest(tmp_path: Path) -> N
     assert storage.file_system_of(Path("/"), mounts) == "ext4"
 
 
+@pytest.mark.parametrize(
+    ("free", "kind", "level"), [(2 << 30, "tmpfs", "ok"), (64 << 20, "tmpfs", "warn"), (2 << 30, "ext4", "warn")]
+)
+def test_weights_that_are_handed_over_need_room_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, kind: str, level: str
+) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"a {tmp_path} {kind} rw 0 0\n")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
+    [found] = sampler.check_handoff(tmp_path, 64, mounts)
+    assert (found.level, f"{free / 2**30:.2f} GiB" in found.text) == (level, True)
+    [missing] = sampler.check_handoff(tmp_path / "missing", 64, mounts)
+    assert missing.level == "fail"
+
+
 def test_the_unit_runs_this_server_with_these_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a b").mkdir()
     flags = [*FAKE[:-1], f"50%={tmp_path}/a b", "--data-dir", str(tmp_path), "--grace-seconds", "100"]
@@ -160,3 +176,6 @@ def test_the_unit_runs_this_server_with_these_flags(tmp_path: Path, capsys: pyte
     assert service["RestartPreventExitStatus"] == "2"
     assert service["ReadWritePaths"] == str(tmp_path)
     assert re.fullmatch(r"[1-9]\d+", service["LimitNOFILE"])
+    capsys.readouterr()
+    assert main(["doctor", "--systemd", *FAKE, "--data-dir", str(tmp_path), "--handoff-dir", "/mnt/memory"]) == 0
+    assert f"ReadWritePaths={tmp_path} /mnt/memory\n" in capsys.readouterr().out

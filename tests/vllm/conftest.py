@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.models import Kind, write_tiny_model
+from tests.vllm.required import require_vllm
 from tinker_core.interfaces import SamplerContext, WorkerGroupSpec
 from tinker_core.testing import BlockingGroup, start_group
 from tinker_core.testing.sampler_bench import OwnBench
@@ -22,12 +23,24 @@ LORA_SLOTS = 3
 """Fewer than the models of some tests, so that slots are full and change hands."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def vllm_is_installed() -> None:
+    """All tests of this folder need it."""
+    require_vllm()
+
+
 @contextmanager
 def vllm_bench(
-    directory: Path, kind: Kind = "llama", *, tie: bool = True, dtype: str = "float32", **options: Any
+    directory: Path,
+    kind: Kind = "llama",
+    *,
+    tie: bool = True,
+    dtype: str = "float32",
+    device: str = "cpu",
+    **options: Any,
 ) -> Iterator[tuple[OwnBench, Any, BlockingGroup]]:
     """A bench, its sampler, and the trainer's group."""
-    pytest.importorskip("vllm", reason="vLLM is not installed")
+    require_vllm()
     from tinker_sampler_vllm.build import build_sampler
 
     path = write_tiny_model(directory / "model", kind, tie=tie, hidden_size=HIDDEN_SIZE)
@@ -38,7 +51,7 @@ def vllm_bench(
         sampler=None,
         plugins=("core", "fsdp"),
         num_ranks=1,
-        device="cpu",
+        device=device,
         dtype=dtype,
         max_models=6,
         max_context_length=64,
@@ -50,7 +63,7 @@ def vllm_bench(
     ):
         context = SamplerContext(
             base_model=base_model,
-            device="cpu",
+            device=device,
             dtype=dtype,
             directory=sockets,
             memory_directory=f"{memory}/held",
@@ -67,7 +80,7 @@ def vllm_bench(
                 await sampler.start()
                 return sampler
 
-            sampler = group.run(build()).result(timeout=180)
+            sampler = group.run(build()).result(timeout=280)  # the first start of a fresh installation is slow
             try:
                 yield OwnBench(group, sampler, Path(memory)), sampler, group
             finally:

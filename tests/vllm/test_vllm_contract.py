@@ -11,7 +11,9 @@ from tinker_core.testing.sampler_bench import SamplerBench
 from tinker_core.testing.sampler_contract import SamplerContract
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(True, id="tied"), pytest.param(False, id="untied", marks=pytest.mark.slow)]
+)
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SamplerBench]:
     kind = "llama" if request.param else "qwen3"
     with vllm_bench(tmp_path_factory.mktemp("contract"), kind, tie=request.param) as (bench, _, _):

@@ -317,5 +317,9 @@ class ConfigurationError(TinkerError):
     """A setting that cannot work; raised at start, names the setting and the fix."""
 
 
+class AgreementError(ConfigurationError):
+    """Trainer and sampler give different log-probabilities to the same tokens; names what to suspect."""
+
+
 class PluginError(ConfigurationError):
     """A plugin that cannot be used: unknown, claimed twice, or with a hook that does not exist."""

@@ -272,6 +272,9 @@ class SamplerPlugin:
     build: Callable[[SamplerContext], Sampler] | None = None
     """OWN: runs in the server process, starts processes of its own."""
     options: tuple[Option, ...] = ()
+    check: Callable[[BaseModelSpec, str, Mapping[str, OptionValue]], None] | None = None
+    """Takes base model, device and option values before anything is started; raises `ConfigurationError` for what
+    cannot work, and says what to install or to change. Runs in the server process: must stay light."""
 
 
 @attrs.frozen(kw_only=True)

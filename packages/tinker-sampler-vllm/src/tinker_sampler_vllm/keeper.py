@@ -10,11 +10,9 @@ from tinker_core.errors import TinkerError, UserError, WorkerLostError
 from tinker_core.types import PreparedSample
 from tinker_sampler_vllm.links.link import EngineLink
 from tinker_sampler_vllm.protocol import LoadCall
+from tinker_sampler_vllm.restarts import Restarts
 
 log = logging.getLogger(__name__)
-
-_PAUSES = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
-"""Seconds before an engine is started again that did not come up so often."""
 
 StartLink = Callable[[], Awaitable[EngineLink]]
 Check = Callable[[PreparedSample], None]
@@ -28,25 +26,25 @@ class EngineKeeper:
         name: str,
         start: StartLink,
         *,
-        shares_machine: bool = True,
         takes_weights: bool = True,
         check: Check | None = None,
+        restarts: Restarts | None = None,
     ) -> None:
         """``check`` raises the error of a sample that this engine cannot serve, whichever engine it is."""
         self.name = name
-        self.shares_machine = shares_machine
-        """Whether the engine can read this machine's files."""
         self.takes_weights = takes_weights
         """Whether it can serve anything but the bare base model."""
         self._start = start
         self._check = check
+        self._restarts = restarts or Restarts()
+        self._put_at = 0.0
         self._link: EngineLink | None = None
         self._up = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._loads: dict[str, asyncio.Task[None]] = {}
         """Revisions that the present engine holds, or is being given."""
-        self.num_samples = 0
-        """Samples that it has in progress."""
+        self.num_sequences = 0
+        """Sequences that it is generating, or has to begin with."""
         self.num_losses = 0
         """How often an engine was lost here."""
 
@@ -81,6 +79,7 @@ class EngineKeeper:
     def _put(self, link: EngineLink) -> None:
         self._link = link
         self._loads = {}
+        self._put_at = asyncio.get_running_loop().time()
         self._up.set()
 
     async def _keep(self) -> None:
@@ -91,35 +90,38 @@ class EngineKeeper:
             self.num_losses += 1
             log.error("%s was lost: %s; it is started again", self.name, reason)
             lost, self._link = self._link, None
-            await lost.close()
+            try:
+                await lost.close()
+            except Exception:
+                log.exception("what is left of %s cannot be tidied up", self.name)
             self._put(await self._start_again())
             log.info("%s runs again", self.name)
 
     async def _start_again(self) -> EngineLink:
-        failures = 0
+        lived = asyncio.get_running_loop().time() - self._put_at
         while True:
-            await asyncio.sleep(_PAUSES[min(failures, len(_PAUSES) - 1)])
+            await asyncio.sleep(self._restarts.pause(lived))
             try:
                 return await self._start()
             except Exception as error:
                 if not isinstance(error, TinkerError):
                     log.exception("%s failed", self.name)
-                failures += 1
                 log.error("%s does not start: %s", self.name, error)
+                lived = 0.0
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
     def has(self, link: EngineLink, revision: str) -> bool:
         """Whether an engine is known to hold weights."""
         task = self._loads.get(revision)
-        return link is self._link and task is not None and task.done() and task.exception() is None
+        return link is self._link and task is not None and _has_succeeded(task)
 
     async def ensure(self, link: EngineLink, call: LoadCall) -> None:
         """Have the present engine hold weights; many may ask at once. Raises its refusal, or `WorkerLostError`."""
         if link is not self._link:
             raise WorkerLostError(f"{self.name} was lost")
         task = self._loads.get(call.revision)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+        if task is None or (task.done() and not _has_succeeded(task)):
             task = self._loads[call.revision] = asyncio.create_task(link.load(call))
             task.add_done_callback(_retrieve)
         await asyncio.shield(task)
@@ -143,6 +145,10 @@ class EngineKeeper:
         if self._link is not None:
             await self._link.close()
             self._link = None
+
+
+def _has_succeeded(task: asyncio.Task[None]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:

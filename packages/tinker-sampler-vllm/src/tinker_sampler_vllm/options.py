@@ -10,9 +10,10 @@ import attrs
 
 from tinker_core.errors import ConfigurationError
 from tinker_core.interfaces import Option, OptionValue
-from tinker_sampler_vllm.security import read_secret
+from tinker_sampler_vllm.addresses import check_address
 
 _MIB = 1024**2
+_DEVICES = ("cpu", "cuda")
 
 OPTIONS = (
     Option(
@@ -39,7 +40,7 @@ OPTIONS = (
         type=str,
         default="",
         help="plain vLLM servers, as http://HOST:PORT or NAME=http://HOST:PORT, separated by commas; they sample from "
-        "bare base models only",
+        "bare base models only. Their key, if they ask for one, is taken from the environment variable VLLM_API_KEY",
     ),
     Option(name="vllm-device", type=str, default="", help="device of the engines; that of --device by default"),
     Option(
@@ -99,18 +100,28 @@ class VllmOptions:
         given = {option.name: values.get(option.name, option.default) for option in OPTIONS}
         workers = _addresses(str(given["vllm-workers"]), base_model, ("tcp://",), "--vllm-workers")
         urls = _addresses(str(given["vllm-urls"]), base_model, ("http://", "https://"), "--vllm-urls")
+        for address in workers:
+            check_address(address)
         num_engines = int(given["vllm-engines"])
         if num_engines < 0 or (num_engines == 0 and not workers and not urls):
             raise ConfigurationError(f"--vllm-engines {num_engines} leaves base model {base_model!r} without an engine")
         secret_file = str(given["vllm-secret-file"])
         if workers and not secret_file:
             raise ConfigurationError("--vllm-workers needs --vllm-secret-file, with the secret of these engines")
+        if secret_file and not given["vllm-workers"]:
+            raise ConfigurationError("--vllm-secret-file is for the engines of --vllm-workers, and none are given")
         share = float(given["vllm-memory-share"])
         if not 0.0 <= share <= 1.0:
             raise ConfigurationError(f"--vllm-memory-share must lie in 0..1, got {share}")
+        if given["vllm-device"] not in ("", *_DEVICES):
+            raise ConfigurationError(f"--vllm-device must be {' or '.join(_DEVICES)}, got {given['vllm-device']!r}")
+        if int(given["vllm-kv-cache-mib"]) < 0:
+            raise ConfigurationError(f"--vllm-kv-cache-mib must be 0 or more, got {given['vllm-kv-cache-mib']}")
         for name in ("vllm-tensor-parallel", "vllm-lora-slots"):
             if int(given[name]) < 1:
                 raise ConfigurationError(f"--{name} must be at least 1, got {given[name]}")
+        from tinker_sampler_vllm.security import read_secret  # whoever only lists flags needs no sockets
+
         return cls(
             num_engines=num_engines,
             workers=workers,
@@ -134,5 +145,7 @@ def _addresses(text: str, base_model: str, schemes: tuple[str, ...], flag: str) 
         if not address.startswith(schemes):
             raise ConfigurationError(f"{flag}: {item!r} is no address; it must begin with {' or '.join(schemes)}")
         if not equals or name == base_model:
+            if address in found:
+                raise ConfigurationError(f"{flag}: {address} is given twice for base model {base_model!r}")
             found.append(address)
     return tuple(found)

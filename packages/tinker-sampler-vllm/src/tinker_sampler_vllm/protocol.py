@@ -11,7 +11,12 @@ from tinker_core.executors.protocol import CancelCall, RetireCall, WaitingCall
 from tinker_core.types import BaseModelSpec, PreparedSample, SampleOutput, SamplerCapabilities
 
 PROTOCOL_VERSION = 1
-"""Both sides must speak the same; `ClaimCall` carries it."""
+"""Both sides must speak the same; `CALL` carries it."""
+CHUNK_BYTES = 16 * 1024**2
+"""Most bytes of a file in one `PutCall`: other commands pass between two of them."""
+MAX_CALL_BYTES = 64 * 1024**2
+"""An engine on another machine ends connections with larger commands: the size is claimed before anybody has shown who
+they are."""
 
 
 @attrs.frozen(kw_only=True)
@@ -54,13 +59,25 @@ class EngineDescription:
 
 @attrs.frozen(kw_only=True)
 class ClaimCall:
-    """The first call of a sampler: from now on the engine works for it, and forgets what others gave it."""
+    """The first call on a connection: from now on the engine works for it, and forgets what others gave it."""
 
     server: str
     """Stays the same when the server starts again, so that it takes its own engines back at once."""
-    client: str
-    """Another for each start of the sampler."""
-    version: int = PROTOCOL_VERSION
+    base_model: str
+    dtype: str
+    deterministic: bool = False
+    """What the engine must serve, or else it refuses and stays with whoever has it."""
+
+
+@attrs.frozen(kw_only=True)
+class PutCall:
+    """A piece of a file of weights, for an engine that does not share the sampler's machine; `LoadCall` follows."""
+
+    revision: str
+    name: str
+    """File name without a directory."""
+    offset: int
+    data: bytes = attrs.field(repr=False)
 
 
 @attrs.frozen(kw_only=True)
@@ -71,13 +88,13 @@ class LoadCall:
     full: bool = False
     """All weights of a model like the base model, as safetensors, and not a PEFT adapter."""
     directory: str | None = None
-    """Where they are, on a machine that both share."""
-    files: dict[str, bytes] = attrs.field(factory=dict, repr=False)
-    """Otherwise the files themselves, by name."""
+    """Where they are, on a machine that both share; None for those that `PutCall`s have brought."""
 
 
 METHODS: dict[str, tuple[Any, Any]] = {
     "claim": (ClaimCall, EngineDescription),
+    "release": (Nothing, Nothing),
+    "put": (PutCall, Nothing),
     "load": (LoadCall, Nothing),
     "retire": (RetireCall, Nothing),
     "sample": (PreparedSample, SampleOutput),
@@ -87,4 +104,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
 }
 """Payload and answer type of every command."""
 
-CALL, RESULT, ERROR, READY, FAILED, STOP = b"call", b"result", b"error", b"ready", b"failed", b"stop"
+CALL = b"call %d" % PROTOCOL_VERSION
+RESULT, ERROR = b"result", b"error"
+READY, FAILED = b"ready", b"failed"
+"""How the start of an engine process ended, as its first word to its parent."""

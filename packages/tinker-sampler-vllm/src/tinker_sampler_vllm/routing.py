@@ -1,4 +1,4 @@
-"""Which engine runs a sample: always the same one for a sampling session, because it has the prompt cached."""
+"""Which engine runs a sample: that of its sampling session, which has the prompt cached, while there is room."""
 
 from __future__ import annotations
 
@@ -17,37 +17,52 @@ MAX_SESSIONS = 64 * 1024
 
 
 class Router:
-    """Gives each session an engine, the least loaded one at that moment, and another one when that is lost."""
+    """Gives each session a home, the least loaded engine at that moment, and another one when that is lost.
 
-    def __init__(self, keepers: Sequence[EngineKeeper]) -> None:
+    A sample that would have to wait at its home runs elsewhere if there is room: most clients sample from one session
+    only, and should have the use of all engines.
+    """
+
+    def __init__(self, keepers: Sequence[EngineKeeper], batch_size: int = 64) -> None:
+        """``batch_size``: sequences that an engine decodes together."""
         if not keepers:
             raise ConfigurationError("a sampler needs at least one engine")
         self._keepers = keepers
+        self._batch_size = batch_size
         self._homes: OrderedDict[str, EngineKeeper] = OrderedDict()
 
     @asynccontextmanager
     async def place(self, session: str, sample: PreparedSample) -> AsyncIterator[tuple[EngineKeeper, EngineLink]]:
         """An engine for the length of a block; waits while none runs. Raises why none can ever serve the sample."""
         keeper, link = await self._choose(session, sample)
-        keeper.num_samples += 1
+        num_sequences = sample.request.num_samples
+        keeper.num_sequences += num_sequences
         try:
             yield keeper, link
         finally:
-            keeper.num_samples -= 1
+            keeper.num_sequences -= num_sequences
 
     async def _choose(self, session: str, sample: PreparedSample) -> tuple[EngineKeeper, EngineLink]:
         able = [keeper for keeper in self._keepers if keeper.serves(sample)]
         if not able:
             self._keepers[0].require(sample)  # says why
         while True:
-            home = self._homes.get(session)
-            if home is None or home not in able or home.link is None:
-                running = [keeper for keeper in able if keeper.link is not None]
-                home = min(running, key=lambda keeper: keeper.num_samples, default=None)
-            if home is not None and home.link is not None:
-                self._remember(session, home)
-                return home, home.link
+            running = [(keeper, link) for keeper in able if (link := keeper.link) is not None]
+            if running:
+                return self._choose_among(running, session)
             await _first_up(able)
+
+    def _choose_among(
+        self, running: list[tuple[EngineKeeper, EngineLink]], session: str
+    ) -> tuple[EngineKeeper, EngineLink]:
+        least = min(running, key=lambda place: place[0].num_sequences)
+        home = next((place for place in running if place[0] is self._homes.get(session)), None)
+        if home is None:
+            self._remember(session, least[0])
+            return least
+        self._remember(session, home[0])
+        is_full = home[0].num_sequences >= self._batch_size
+        return least if is_full and least[0].num_sequences < self._batch_size else home
 
     def _remember(self, session: str, keeper: EngineKeeper) -> None:
         self._homes[session] = keeper

@@ -6,13 +6,13 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 
 from tinker_core.errors import UnsupportedFeatureError, WorkerLostError
 from tinker_core.types import PreparedSample, SampleOutput, SamplerCapabilities, WeightsRef
 from tinker_sampler_vllm.keeper import EngineKeeper
 from tinker_sampler_vllm.links.link import EngineLink
+from tinker_sampler_vllm.links.plain import ONLY_BASE_MODELS
 from tinker_sampler_vllm.routing import Router
 from tinker_sampler_vllm.weights import HeldWeights
 
@@ -30,11 +30,11 @@ class VllmSampler:
     tell.
     """
 
-    def __init__(self, keepers: list[EngineKeeper], weights_directory: Path) -> None:
+    def __init__(self, keepers: list[EngineKeeper], weights_directory: Path, batch_size: int = 64) -> None:
+        """``batch_size``: sequences that an engine decodes together."""
         self._keepers = keepers
-        self._router = Router(keepers)
-        self._weights_directory = weights_directory
-        self._weights: HeldWeights
+        self._router = Router(keepers, batch_size)
+        self._weights = HeldWeights(weights_directory)
         self._capabilities: SamplerCapabilities
         self._one_by_one = asyncio.Lock()
         self._running: dict[str, tuple[EngineKeeper, EngineLink] | None] = {}
@@ -42,13 +42,18 @@ class VllmSampler:
 
     async def start(self) -> None:
         """Start all engines; raises why one does not start."""
-        self._weights = await asyncio.to_thread(HeldWeights, self._weights_directory)
+        await asyncio.to_thread(self._weights.open)
         results = await asyncio.gather(*(keeper.start() for keeper in self._keepers), return_exceptions=True)
         failures = [result for result in results if isinstance(result, BaseException)]
         if failures:
             await self.close()
             raise failures[0]
-        links = [keeper.link for keeper in self._keepers]
+        log.info("samples are run by %s", ", ".join(keeper.name for keeper in self._keepers))
+        # Plain servers limit nothing that another engine can do; what they cannot, the router knows of each sample.
+        takers = [keeper for keeper in self._keepers if keeper.takes_weights]
+        if not takers:
+            log.warning("plain vLLM servers serve bare base models: models can be trained here, and not sampled from")
+        links = [keeper.link for keeper in takers or self._keepers]
         self._capabilities = common_capabilities([link.description.capabilities for link in links if link is not None])
 
     def capabilities(self) -> SamplerCapabilities:
@@ -61,7 +66,7 @@ class VllmSampler:
             return
         takers = [keeper for keeper in self._keepers if keeper.takes_weights]
         if not takers:
-            raise UnsupportedFeatureError("plain vLLM servers serve bare base models; add engines of our own")
+            raise UnsupportedFeatureError(ONLY_BASE_MODELS)
         await asyncio.to_thread(self._weights.take, revision, ref)
         try:
             await asyncio.gather(*(self._give(keeper, revision) for keeper in takers))
@@ -80,9 +85,7 @@ class VllmSampler:
 
     async def _ensure(self, keeper: EngineKeeper, link: EngineLink, revision: str) -> None:
         if not keeper.has(link, revision):
-            load = partial(self._weights.call, revision, shares_machine=keeper.shares_machine)
-            call = load() if keeper.shares_machine else await asyncio.to_thread(load)
-            await keeper.ensure(link, call)
+            await keeper.ensure(link, self._weights.call(revision))
 
     async def save_revision(self, revision: str, directory: str) -> None:
         """Copy what is kept."""
@@ -163,11 +166,18 @@ def common_capabilities(each: list[SamplerCapabilities]) -> SamplerCapabilities:
             transports=tuple(t for t in first.transports if t in other.transports),
             max_revisions=min(first.max_revisions, other.max_revisions),
             max_topk=min(first.max_topk, other.max_topk),
-            max_lora_rank=min(_rank(first), _rank(other)),
-            lora_targets=tuple(sorted(set(first.lora_targets or ()) & set(other.lora_targets or ()))),
+            max_lora_rank=_least(first.max_lora_rank, other.max_lora_rank),
+            lora_targets=_shared(first.lora_targets, other.lora_targets),
         )
     return first
 
 
-def _rank(capabilities: SamplerCapabilities) -> int:
-    return capabilities.max_lora_rank or 0
+def _least(first: int | None, second: int | None) -> int | None:
+    given = [rank for rank in (first, second) if rank is not None]
+    return min(given, default=None)
+
+
+def _shared(first: tuple[str, ...] | None, second: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return tuple(sorted(set(first) & set(second)))

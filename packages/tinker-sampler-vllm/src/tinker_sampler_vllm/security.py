@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +49,16 @@ def read_secret(path: Path) -> str:
     if len(secret) < MIN_SECRET:
         raise ConfigurationError(f"the secret in {path} must have at least {MIN_SECRET} characters")
     return secret
+
+
+def create_secret(path: Path) -> None:
+    """Write a new secret into a file that only its owner may read; raises `ConfigurationError` if it exists."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise ConfigurationError(f"cannot make {path}: {error.strerror}") from error
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(secrets.token_urlsafe(32) + "\n")
 
 
 def secure_client(socket: Any, secret: str | None) -> None:  # noqa: ANN401 - a zmq socket of either kind

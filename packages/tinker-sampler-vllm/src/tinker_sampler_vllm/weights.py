@@ -16,14 +16,18 @@ class HeldWeights:
     """One directory per revision, in a file system in memory. Its methods block; call them off the event loop."""
 
     def __init__(self, directory: Path) -> None:
-        """Whatever an earlier process left in the directory is removed."""
         self._directory = directory
-        shutil.rmtree(directory, ignore_errors=True)
-        try:
-            directory.mkdir(parents=True, mode=0o700)
-        except OSError as error:
-            raise StorageError(f"cannot make {directory}: {error.strerror}; choose another --handoff-dir") from error
         self._held: dict[str, Path] = {}
+
+    def open(self) -> None:
+        """Make the directory; whatever an earlier process left in it is removed. Raises `StorageError`."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+        try:
+            self._directory.mkdir(parents=True, mode=0o700)
+        except OSError as error:
+            raise StorageError(
+                f"cannot make {self._directory}: {error.strerror}; choose another --handoff-dir"
+            ) from error
 
     def __contains__(self, revision: str) -> bool:
         return revision in self._held
@@ -57,14 +61,11 @@ class HeldWeights:
             raise UnknownCheckpointError(revision)
         return self._held[revision]
 
-    def call(self, revision: str, *, shares_machine: bool) -> LoadCall:
+    def call(self, revision: str) -> LoadCall:
         """What an engine is told to load."""
         directory = self.directory(revision)
         full = not (directory / "adapter_config.json").exists()
-        if shares_machine:
-            return LoadCall(revision=revision, full=full, directory=str(directory))
-        files = {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}
-        return LoadCall(revision=revision, full=full, files=files)
+        return LoadCall(revision=revision, full=full, directory=str(directory))
 
     def save(self, revision: str, directory: Path) -> None:
         """Copy a revision into an existing empty directory; raises `StorageError` or `UnknownCheckpointError`."""

@@ -32,6 +32,7 @@ from tinker_server.limits import DEFAULT_LIMITS, Limits
 from tinker_server.metrics import Metrics, MetricsMiddleware, templates_of
 from tinker_server.plugin_list import list_plugins
 from tinker_server.prices import NO_PRICES, Prices
+from tinker_server.routes.agreement import AgreementRoutes
 from tinker_server.routes.billing import BillingRoutes
 from tinker_server.routes.bootstrap import BootstrapRoutes
 from tinker_server.routes.checkpoints import CheckpointRoutes
@@ -148,6 +149,7 @@ def _api_routes(services: Services) -> list[BaseRoute]:
         SessionRoutes(services),
         CredentialRoutes(services),
         BillingRoutes(services),
+        AgreementRoutes(services),
     )
     rest = Route(API_PREFIX + "/{path:path}", _not_implemented, methods=_METHODS)
     return [*(route for noun in nouns for route in noun.routes()), rest]

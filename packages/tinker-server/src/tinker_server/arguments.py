@@ -75,7 +75,7 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, kind: type, default: o
 
 
 def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
-    text = f"{option.help} (default: {option.default})"
+    text = f"{option.help} (default: {option.default})" if option.default != "" else option.help
     flag = f"--{option.name}"
     try:
         if option.type is bool:

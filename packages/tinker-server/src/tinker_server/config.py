@@ -141,6 +141,11 @@ class ServerConfig:
     price_cached_prefill: float | None = _setting(None, "US dollars per million prompt tokens found in the cache")
     price_sampling: float | None = _setting(None, "US dollars per million generated tokens")
     price_storage: float | None = _setting(None, "US dollars per gigabyte of checkpoints and month of 720 hours")
+    agreement_tolerance: float = _setting(
+        1.0,
+        "factor on how much trainer and sampler may differ about the same tokens; 0 does not compare them",
+        metavar="FACTOR",
+    )
     options: Mapping[str, OptionValue] = attrs.field(factory=dict)
     """Settings of the chosen plugins by name."""
 
@@ -160,6 +165,8 @@ class ServerConfig:
             price = getattr(self, name)
             if price is not None and not 0 <= price < math.inf:
                 raise ConfigurationError(f"{flag_of(name)} must be 0 or more dollars, got {price}")
+        if math.isnan(self.agreement_tolerance):
+            raise ConfigurationError("--agreement-tolerance must be a number")
 
     def prices(self) -> Prices:
         """What usage costs; each price is the setting of its name."""
@@ -216,6 +223,7 @@ class ServerConfig:
             max_decode_batch=self.max_decode_batch,
             session_seconds=float(self.session_timeout) or None,
             max_result_bytes=self.result_bytes,
+            agreement_tolerance=self.agreement_tolerance,
             options=dict(self.options),
             worker_environment={LOG_FORMAT_VARIABLE: self.log_format},
         )
@@ -259,6 +267,7 @@ _MINIMA = {
     "grace_seconds": 0,
     "checkpoint_cache_bytes": 0,
     "keep_last": 1,
+    "agreement_tolerance": 0,
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import attrs
 
-from tinker_core.types import DurabilityMetrics, EngineMetrics
+from tinker_core.types import AgreementFigures, DurabilityMetrics, EngineMetrics
 from tinker_server.life import ServerLife
 
 
@@ -30,6 +30,11 @@ _BASE = ("base_model",)
 
 def _base_gauge(name: str, text: str) -> Family:
     return Family(name, "gauge", _BASE, text)
+
+
+def _agreement_gauge(name: str, text: str) -> Family:
+    what = "compared is base or adapter (given tokens without and with an adapter), decode (sampled tokens), or a part"
+    return Family(name, "gauge", ("base_model", "compared"), f"{text} In nats; {what} of an adapter that disagrees.")
 
 
 BASE_MODEL_GAUGES: tuple[tuple[Family, Callable[[EngineMetrics], float]], ...] = (
@@ -94,6 +99,27 @@ TOKENS = Family(
     "counter",
     ("base_model", "kind"),
     "Tokens of finished requests: trained (with or without gradient), prefilled (prompts) or sampled.",
+)
+AGREEMENT: tuple[tuple[Family, Callable[[AgreementFigures], float]], ...] = (
+    (
+        _agreement_gauge("tinker_agreement_max", "Greatest difference between the logprobs of trainer and sampler."),
+        lambda item: item.max,
+    ),
+    (
+        _agreement_gauge("tinker_agreement_mean", "Mean difference between them, without signs."),
+        lambda item: item.mean,
+    ),
+    (
+        _agreement_gauge("tinker_agreement_kl", "Mean of exp(d) - 1 - d of these differences: KL(sampler || trainer)."),
+        lambda item: item.kl,
+    ),
+)
+"""Of the last comparison of trainer and sampler, if there was one."""
+WITHIN_TOLERANCE = Family(
+    "tinker_agreement_within_tolerance",
+    "gauge",
+    _BASE,
+    "1 if the last comparison of trainer and sampler found no more than --agreement-tolerance allows, else 0.",
 )
 WORK_SECONDS = Family(
     "tinker_work_seconds",
@@ -211,6 +237,8 @@ FAMILIES: tuple[Family, ...] = (
     WORKER_LOSSES,
     FINISHED,
     TOKENS,
+    *(family for family, _ in AGREEMENT),
+    WITHIN_TOLERANCE,
     WORK_SECONDS,
     PASS_FILL,
     *(family for family, _ in DURABILITY),

@@ -39,6 +39,21 @@ def _single(family: Family, value: float) -> Metric:
     return GaugeMetricFamily(family.name, family.text, value=value)
 
 
+def _of_agreement(bases: list[EngineMetrics]) -> Iterable[Metric]:
+    reports = [base.agreement for base in bases if base.agreement is not None]
+    for family, value in families.AGREEMENT:
+        gauge = GaugeMetricFamily(family.name, family.text, labels=family.labels)
+        for report in reports:
+            for compared, figures in report.figures.items():
+                gauge.add_metric([report.base_model, compared], value(figures))
+        yield gauge
+    verdict = families.WITHIN_TOLERANCE
+    gauge = GaugeMetricFamily(verdict.name, verdict.text, labels=verdict.labels)
+    for report in reports:
+        gauge.add_metric([report.base_model], report.agrees)
+    yield gauge
+
+
 class EngineCollector(Collector):
     """Reads engine and server when somebody asks."""
 
@@ -59,6 +74,7 @@ class EngineCollector(Collector):
 
     def _families(self, bases: list[EngineMetrics], durability: DurabilityMetrics) -> Iterable[Metric]:
         yield from self._of_base_models(bases)
+        yield from _of_agreement(bases)
         for family, read in families.DURABILITY:
             yield _single(family, read(durability))
         for family, read_life in families.LIFE:

@@ -6,10 +6,13 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from tinker_core.engine.agreement_gate import AgreementGate
+from tinker_core.engine.agreement_probe import Pair
 from tinker_core.engine.clock import Clock
 from tinker_core.engine.config import EngineConfig
 from tinker_core.engine.handoff import Handoff
 from tinker_core.engine.interruption import to_its_end
+from tinker_core.engine.live_weights import best_transport
 from tinker_core.engine.own_sampler import OwnSampler
 from tinker_core.engine.payloads import Payloads
 from tinker_core.engine.registry import Registry
@@ -27,6 +30,7 @@ from tinker_core.scheduler import QueuedRequest, Scheduler, Work
 from tinker_core.storage.checkpoints import safe_directory_name
 from tinker_core.storage.journal import Journal, ModelRow
 from tinker_core.types import (
+    AgreementReport,
     BaseModelSpec,
     Caller,
     Datum,
@@ -54,8 +58,6 @@ _STORING = (
     RequestType.LOAD_WEIGHTS,
 )
 """Requests that move files: other models need not wait for them."""
-_LIVE_TRANSPORTS = (Transport.IN_PROCESS, Transport.SHARED_MEMORY)
-"""How weights can go from a trainer to a sampler without files on a disk, best first."""
 _RESTART_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Pauses before workers that ran once, and do not come up again, are started anew; the last one repeats."""
 
@@ -105,6 +107,8 @@ class BaseModel:
         self._own = _own_sampler(spec, config, plugins)
         """A sampler beside the workers, which goes on when they die."""
         self._own_started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.agreement = AgreementGate(spec, config, sampler_plugin(spec, config, plugins))
+        """Whether trainer and sampler compute the same."""
         self._running: Work | None = None
         self._aside: dict[asyncio.Task[None], Work] = {}
         """Work that others do not wait for."""
@@ -187,14 +191,30 @@ class BaseModel:
     @property
     def live_transport(self) -> Transport | None:
         """How weights go from a live model to the sampler; None when there is no way but a named save."""
-        both = set(self.sampler.capabilities().transports) & set(self.capabilities.trainer.transports)
-        return next((transport for transport in _LIVE_TRANSPORTS if transport in both), None)
+        return best_transport(self.capabilities.trainer, self.sampler.capabilities())
 
     @property
-    def handoff(self) -> Handoff:
-        """Where weights lie on their way to a sampler beside the workers."""
-        assert self._own is not None
-        return self._own.handoff
+    def handoff(self) -> Handoff | None:
+        """Where weights lie on their way to a sampler beside the workers; None without one."""
+        return None if self._own is None else self._own.handoff
+
+    async def compare_sides(self) -> AgreementReport:
+        """Compare trainer and sampler, between other work.
+
+        Raises `UnsupportedFeatureError` where that cannot be done, and `WorkerLostError` while workers are not running.
+        """
+        if self._config.sampler is None or not self.spec.sampleable:
+            raise UnsupportedFeatureError(f"base model {self.spec.name!r} has no sampler to compare with its trainer")
+        return await self.agreement.look_again(self._pair(self._present(), self.sampler))
+
+    def _pair(self, workers: Workers, sampler: Sampler) -> Pair:
+        return Pair(
+            group=workers.group,
+            trainer=workers.capabilities.trainer,
+            sampler=sampler,
+            revisions=self.revisions,
+            handoff=self.handoff,
+        )
 
     def count_tokens(self, data: tuple[Datum, ...]) -> int:
         """Tokens of a request's inputs; raises `UnsupportedFeatureError` for chunks that the trainer does not take."""
@@ -266,6 +286,7 @@ class BaseModel:
         try:
             await self._keep_running()
         finally:
+            await self.agreement.close()
             await to_its_end(self._stop_sampler())
 
     async def _keep_running(self) -> None:
@@ -293,6 +314,8 @@ class BaseModel:
         self.residence.attach(workers.group)
         if workers.sampler is not None and not (self._own is not None and self._was_ready):
             self.revisions.attach(workers.sampler)
+        if self._own is not None and workers.sampler is not None and not self._was_ready:
+            await self.agreement.pass_at_start(self._pair(workers, workers.sampler))
         if not self._own_started.done():
             self._own_started.set_result(None)
         self.state = "ready"

@@ -72,6 +72,8 @@ class EngineConfig:
     """Newest training checkpoints that each run keeps; older ones are removed after a save. None keeps all."""
     handoff_dir: Path = Path("/dev/shm")
     """Where weights lie on their way to a sampler with processes of its own, and while it serves them."""
+    agreement_tolerance: float = 1.0
+    """Multiplies how much trainer and sampler may differ about the same tokens; 0 does not compare them."""
     options: Mapping[str, OptionValue] = attrs.field(factory=dict)
     worker_environment: Mapping[str, str] = attrs.field(factory=dict)
 
@@ -97,7 +99,7 @@ class Readiness:
 
     ready: bool
     models: dict[str, str]
-    """``"ready"``, ``"starting"`` or ``"failed: why"`` by base model."""
+    """``"ready"``, ``"starting"``, ``"failed: why"`` or ``"doubtful: why"`` by base model."""
 
 
 @attrs.frozen(kw_only=True)

@@ -52,6 +52,7 @@ from tinker_core.storage.journal import Journal
 from tinker_core.storage.secret import derive_key, load_secret
 from tinker_core.types import (
     AcceptedRequest,
+    AgreementReport,
     Caller,
     CreateSamplingSessionInput,
     DurabilityMetrics,
@@ -293,7 +294,7 @@ class Engine:
 
     def readiness(self) -> Readiness:
         """Which base models can work now."""
-        models = {name: base.state for name, base in self._bases.items()}
+        models = {name: _state_of(base) for name, base in self._bases.items()}
         return Readiness(ready=all(state == "ready" for state in models.values()), models=models)
 
     async def wait_ready(self) -> None:
@@ -352,9 +353,17 @@ class Engine:
                 trained_tokens=done.trained_tokens[name],
                 prefilled_tokens=done.prefilled_tokens[name],
                 sampled_tokens=done.sampled_tokens[name],
+                agreement=base.agreement.report,
             )
             for name, base in self._bases.items()
         )
+
+    async def compare_sides(self, base_model: str) -> AgreementReport:
+        """Compare trainer and sampler of a base model again; while they disagree, the engine is not ready.
+
+        Raises `UnknownBaseModelError`, `UnsupportedFeatureError` where that cannot be done, and `WorkerLostError`.
+        """
+        return await self._base(base_model).compare_sides()
 
     def durability(self) -> DurabilityMetrics:
         """How far what was accepted is from being safe."""
@@ -533,3 +542,9 @@ class Engine:
         """Training runs, newest first, and how many there are in all."""
         runs, total = await self._registry.control.list_runs(owner, limit, offset, project_id=project_id)
         return [self._registry.freshen(run) for run in runs], total
+
+
+def _state_of(base: BaseModel) -> str:
+    """As `Readiness` shows it."""
+    doubt = base.agreement.doubt
+    return f"doubtful: {doubt}" if base.state == "ready" and doubt is not None else base.state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import shutil
@@ -49,6 +50,12 @@ class Handoff:
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
             raise ConfigurationError(f"{self._own} is not this user's alone; remove it, or see --handoff-dir")
         shutil.rmtree(self._directory, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Leave nothing behind in memory."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+        with contextlib.suppress(OSError):  # other base models have theirs there too
+            self._own.rmdir()
 
     @asynccontextmanager
     async def incoming(self) -> AsyncIterator[Path]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Protocol
 
 from tinker_core.engine.acceptance import sampling_session_id_of
@@ -15,6 +14,7 @@ from tinker_core.engine.base_model import BaseModel
 from tinker_core.engine.checkpoints import Checkpoints
 from tinker_core.engine.clock import Clock
 from tinker_core.engine.external import finish_export, parse_recipients
+from tinker_core.engine.live_weights import export_weights, live_weights
 from tinker_core.engine.model_state import model_row
 from tinker_core.engine.models import require_training_checkpoint
 from tinker_core.engine.payloads import NewModel, Payload, Payloads
@@ -57,8 +57,6 @@ from tinker_core.types import (
     SaveWeightsOutput,
     SnapshotParts,
     TinkerPath,
-    Transport,
-    WeightsRef,
     check_checkpoint_name,
 )
 
@@ -371,23 +369,18 @@ class Operations:
 
     async def _publish_revision(self, base: BaseModel, model_id: str, revision: str) -> None:
         transport = base.live_transport
+        if not base.sampler.capabilities().transports:
+            raise UnsupportedFeatureError(
+                "the sampler of this server serves bare base models only: models can be trained and saved here, "
+                "not sampled from"
+            )
         if transport is None:
             raise UnsupportedFeatureError(
                 "this sampler cannot take weights from memory; save under a name and sample from its path"
             )
 
-        async def export(directory: Path) -> None:
-            await base.group.call("export", StateCall(model_id=model_id, directory=str(directory), background=True))
-
-        @asynccontextmanager
-        async def live() -> AsyncIterator[WeightsRef]:
-            if transport is Transport.IN_PROCESS:
-                yield WeightsRef(transport=transport, model_id=model_id)
-                return
-            async with base.handoff.incoming() as directory:
-                await export(directory)
-                yield WeightsRef(transport=transport, directory=str(directory))
-
+        export = partial(export_weights, base.group, model_id)
+        live = partial(live_weights, base.group, model_id, transport, base.handoff)
         await base.revisions.publish_live(revision, export, live)
 
     async def _move_inflight(self, base: BaseModel, model_id: str, revision: str) -> str:

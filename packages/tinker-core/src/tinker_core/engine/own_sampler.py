@@ -42,7 +42,7 @@ class OwnSampler:
                 await to_its_end(sampler.close())
                 raise
         except BaseException:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._remove_directories()
             raise
         self.sampler = sampler
         return sampler
@@ -69,5 +69,9 @@ class OwnSampler:
         sampler, self.sampler = self.sampler, None
         if sampler is not None:
             await sampler.close()
+        self._remove_directories()
+
+    def _remove_directories(self) -> None:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
+            self.handoff.remove()

@@ -42,6 +42,14 @@ def sampler_plugin(spec: BaseModelSpec, config: EngineConfig, plugins: Plugins) 
     return samplers[config.sampler]
 
 
+def check_sampler(config: EngineConfig, plugins: Plugins) -> None:
+    """Ask the chosen sampler, before anything is started, whether it could start; raises `ConfigurationError`."""
+    for spec in config.base_models:
+        plugin = sampler_plugin(spec, config, plugins)
+        if plugin is not None and plugin.check is not None:
+            plugin.check(spec, config.device, config.options)
+
+
 @attrs.define(kw_only=True, eq=False)
 class Workers:
     """The running workers of one base model, proved to train and to sample."""
@@ -117,7 +125,7 @@ def _group_spec(spec: BaseModelSpec, config: EngineConfig, sampler: str | None) 
         device=config.device,
         dtype=config.dtype,
         micro_batch_tokens=config.micro_batch_tokens,
-        max_models=config.max_resident,
+        max_models=config.max_resident + 1,  # and the one that trainer and sampler are compared with
         max_lora_rank=config.max_lora_rank,
         max_context_length=config.max_context_length,
         max_revisions=config.max_revisions,

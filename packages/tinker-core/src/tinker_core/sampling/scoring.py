@@ -11,11 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tinker_core.sampling.drawing import Stream, invert, uniforms, words
-from tinker_core.types import PromptAltTokens, SampleInput, TensorData, TopkLogprobs
-
-EMPTY_LOGPROB = -99999.0
-"""Logprob of an empty cell of a top-k table; its token is 0."""
+from tinker_core.sampling.drawing import invert
+from tinker_core.sampling.numbers import Stream, uniforms, words
+from tinker_core.types import EMPTY_LOGPROB, PromptAltTokens, SampleInput, TensorData, TopkLogprobs
 
 
 class TopkTable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tinker_core.types.accounts import ApiKeyRecord, AuditRecord, UsageRecord, session_of_run
+from tinker_core.types.agreement import AgreementFigures, AgreementReport
 from tinker_core.types.batches import (
     MANIFEST_FILE,
     CheckpointManifest,
@@ -80,6 +81,7 @@ from tinker_core.types.records import (
     TrainingRunRecord,
 )
 from tinker_core.types.requests import (
+    EMPTY_LOGPROB,
     AcceptedRequest,
     CreateCustomLossInput,
     CreateCustomLossOutput,
@@ -115,6 +117,7 @@ __all__ = [
     "ACTIVE",
     "CUSTOM_LOSS",
     "DEFAULT_LORA_ALPHA",
+    "EMPTY_LOGPROB",
     "LOCAL_CALLER",
     "LOCAL_OWNER",
     "MANIFEST_FILE",
@@ -122,6 +125,8 @@ __all__ = [
     "AcceptedRequest",
     "AccessTokenRecord",
     "AdamParams",
+    "AgreementFigures",
+    "AgreementReport",
     "ApiKeyRecord",
     "AuditRecord",
     "BaseModelSpec",

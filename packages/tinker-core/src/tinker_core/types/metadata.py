@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 
+from tinker_core.types.agreement import AgreementReport
 from tinker_core.types.enums import Transport
 
 
@@ -97,6 +98,8 @@ class EngineMetrics:
     """How often the workers died unasked."""
     recovery_seconds: float = 0.0
     """From the last such death until its models could work again."""
+    agreement: AgreementReport | None = None
+    """What the last comparison of trainer and sampler found."""
 
 
 @attrs.frozen(kw_only=True)

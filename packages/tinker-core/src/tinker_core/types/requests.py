@@ -217,9 +217,13 @@ class SampleInput:
     """int64 ``[P - 1, K]``, dense or CSR: token ids whose logprob is wanted at positions 1..P-1; -1 skips a cell."""
 
 
+EMPTY_LOGPROB = -99999.0
+"""Logprob of an empty cell of a top-k table; its token is 0."""
+
+
 @attrs.frozen(kw_only=True)
 class TopkLogprobs:
-    """The k likeliest tokens at each of n positions, likeliest first; an empty cell is token 0 with -99999.0."""
+    """The k likeliest tokens at each of n positions, likeliest first; an empty cell is 0 with `EMPTY_LOGPROB`."""
 
     token_ids: TensorData
     """int64 ``[n, k]``."""

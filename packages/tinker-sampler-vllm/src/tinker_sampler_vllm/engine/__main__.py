@@ -1,8 +1,8 @@
 """The process of one engine: ``python -m tinker_sampler_vllm.engine ADDRESS``; settings come on standard input.
 
 The first line of standard input is the encoded `EngineSettings` in base64, an optional second one the secret that both
-sides share.  The process writes one line to the descriptor that ``TINKER_READY_FD`` names when it is ready, and ends
-with its parent.
+sides share.  The process writes one line to the descriptor that ``TINKER_READY_FD`` names when it is ready.  It ends in
+order on SIGTERM, and at once with its parent, whose death closes standard input.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import signal
 import sys
 import threading
 
-import zmq
-import zmq.asyncio
-
 from tinker_core.encoding import Encoder
 from tinker_core.errors import TinkerError
 from tinker_core.executors.rank_loop import describe_error
 from tinker_core.logs import LOG_FORMAT_VARIABLE, configure_logging
 from tinker_core.types import RequestError
 from tinker_sampler_vllm.engine.in_vllm import end_with_parent
+from tinker_sampler_vllm.engine.incoming import IncomingWeights, incoming_directory
+from tinker_sampler_vllm.engine.listening import listening
+from tinker_sampler_vllm.process_group import end_group
 from tinker_sampler_vllm.protocol import FAILED, READY, EngineSettings
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ READY_FD_VARIABLE = "TINKER_READY_FD"
 def _exit_with_parent() -> None:
     while os.read(0, 4096):
         pass
+    if os.getpgrp() == os.getpid():
+        end_group(os.getpid())  # vLLM's processes do not know yet whom to die with while they start
     os._exit(1)
 
 
@@ -56,28 +58,20 @@ async def _serve(address: str, settings: EngineSettings, secret: str | None, rep
 
     from tinker_sampler_vllm.engine.serving import EngineServer
     from tinker_sampler_vllm.engine.vllm_engine import VllmEngine
-    from tinker_sampler_vllm.security import secure_server
 
-    engine = await VllmEngine.start(settings)
-    with (
-        zmq.asyncio.Context() as context,
-        context.socket(zmq.ROUTER) as socket,
-        secure_server(context, socket, secret),
-    ):
-        socket.setsockopt(zmq.LINGER, 2000)
-        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        socket.bind(address)
+    with listening(address, secret) as socket:
+        engine = await VllmEngine.start(settings)
+        incoming = IncomingWeights(incoming_directory(os.getpid()))
+        server = EngineServer(engine, settings, vllm.__version__, socket, incoming)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.stop)
         report(READY)
-        try:
-            await EngineServer(engine, settings, vllm.__version__, socket).run()
-        finally:
-            engine.close()
+        await server.run()
+        engine.close()  # a dead one goes with this process
 
 
 def main() -> None:
     """Start the engine and serve until told to stop."""
     configure_logging(os.environ.get(LOG_FORMAT_VARIABLE, "text"), process="engine")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     end_with_parent()
     encoder, report = Encoder(), _Report()
     settings: EngineSettings = encoder.decode(base64.b64decode(sys.stdin.readline()), EngineSettings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tinker_core.logs import LOG_FORMAT_VARIABLE
 from tinker_sampler_vllm.engine.in_vllm import ENGINE_VARIABLE
 
 _ALWAYS = {
@@ -31,4 +32,6 @@ def engine_environment(device: str, inherited: Mapping[str, str]) -> dict[str, s
     """All variables of an engine process: what the operator has set goes before our defaults."""
     defaults = _ALWAYS | _LOOPBACK | (_CPU if device == "cpu" else {})
     ours = {name: _ALWAYS[name] for name in _OURS_TO_SAY}
+    if inherited.get(LOG_FORMAT_VARIABLE) == "json":
+        ours["VLLM_CONFIGURE_LOGGING"] = "0"  # it goes through our own log
     return {**defaults, **inherited, **ours, ENGINE_VARIABLE: device}

@@ -11,10 +11,9 @@ import numpy as np
 from tinker_core.encoding import Encoder
 from tinker_core.errors import NonFiniteError
 from tinker_core.sampling.checking import check_extras, check_params, check_prompt
-from tinker_core.sampling.drawing import uniforms, words
-from tinker_core.sampling.scoring import EMPTY_LOGPROB
 from tinker_core.sampling.stopping import StopRule, StopRules
 from tinker_core.types import (
+    EMPTY_LOGPROB,
     GeneratedSequence,
     ModelInput,
     PreparedSample,
@@ -25,8 +24,7 @@ from tinker_core.types import (
     TopkLogprobs,
 )
 from tinker_sampler_vllm.engine.scores import SCORES_KEY, Question
-
-_SEED_BITS = 2.0**62
+from tinker_sampler_vllm.seeds import sequence_seed
 
 
 @attrs.frozen(kw_only=True)
@@ -96,11 +94,6 @@ def vllm_params(checked: CheckedSample, index: int, key: str, encoder: Encoder) 
         skip_reading_prefix_cache=asks,
         extra_args=extra,
     )
-
-
-def sequence_seed(seed: int, index: int) -> int:
-    """A seed of its own for each sequence of a request: neighbouring requests share none."""
-    return int(uniforms(words([seed]), words([index]))[0] * _SEED_BITS)
 
 
 class SequenceBuilder:

@@ -1,4 +1,4 @@
-"""One vLLM engine: adapters under immutable names, and samples from them."""
+"""One vLLM engine: adapters and full weights under immutable names, and samples from them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any, Self
 
 from tinker_core.encoding import Encoder
@@ -18,10 +19,13 @@ from tinker_core.errors import (
     WorkerLostError,
 )
 from tinker_core.sampling.stopping import StopRules
+from tinker_core.training.peft_format import WEIGHTS_FILE
 from tinker_core.types import GeneratedSequence, PreparedSample, SampleOutput, SamplerCapabilities, Transport
 from tinker_sampler_vllm.engine.arguments import engine_arguments
+from tinker_sampler_vllm.engine.full_weights import ORIGINAL, FullWeights
 from tinker_sampler_vllm.engine.requests import CheckedSample, SequenceBuilder, check_sample, vllm_params
 from tinker_sampler_vllm.engine.scores import PromptAnswers
+from tinker_sampler_vllm.engine.weight_files import StoredTensor, base_tensors, check_adapter, stored_tensors
 from tinker_sampler_vllm.protocol import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -36,6 +40,9 @@ class VllmEngine:
         settings: EngineSettings,
         capabilities: SamplerCapabilities,
         eos: frozenset[int],
+        base: dict[str, StoredTensor],
+        *,
+        ties_head: bool,
     ) -> None:
         self._llm = llm
         self._settings = settings
@@ -44,13 +51,17 @@ class VllmEngine:
         self._encoder = Encoder()
         self._ids = itertools.count(1)
         self._adapters: dict[str, int] = {}
-        """vLLM's number of each revision; no number is used twice."""
+        """vLLM's number of each adapter; no number is used twice."""
+        self._full: dict[str, int] = {}
+        """The number of each full revision."""
+        self._base = base
+        self._full_weights = FullWeights(llm, base, ties=ties_head)
         self._users: dict[str, set[str]] = {}
         """Samples in progress by revision: weights that are retired leave with the last of them."""
         self._retired: set[str] = set()
         self._loading = asyncio.Lock()
         self._sequences: dict[str, tuple[str, ...]] = {}
-        """vLLM's request ids by sample."""
+        """vLLM's request ids by sample; none yet for one that waits for its weights."""
 
     @classmethod
     async def start(cls, settings: EngineSettings) -> Self:
@@ -73,7 +84,8 @@ class VllmEngine:
                 max_lora_rank=settings.max_lora_rank,
                 lora_targets=tuple(worker["lora_targets"]),
             )
-            return cls(llm, settings, capabilities, _eos_tokens(config))
+            base = await asyncio.to_thread(base_tensors, settings.base_model.path)
+            return cls(llm, settings, capabilities, _eos_tokens(config), base, ties_head=worker["ties_head"])
         except BaseException:
             llm.shutdown()
             raise
@@ -86,37 +98,61 @@ class VllmEngine:
         Raises `CapacityError` or `CheckpointMismatchError`.
         """
         async with self._loading:
-            if revision in self._adapters:
-                self._retired.discard(revision)
-                return
-            if len(self._adapters) >= self.capabilities.max_revisions:
-                raise CapacityError(f"the engine holds {len(self._adapters)} revisions already; retire one")
-            number = next(self._ids)
-            # vLLM dies with an adapter that it cannot load when a request brings it, but not when it is told before.
-            for failure in await self._llm.collective_rpc("tinker_load_adapter", args=(number, directory)):
-                if failure:
-                    raise CheckpointMismatchError(f"vLLM cannot serve revision {revision!r}: {failure}")
-            self._adapters[revision] = number
+            if self._is_new(revision):
+                tensors = await asyncio.to_thread(stored_tensors, [Path(directory) / WEIGHTS_FILE])
+                check_adapter(tensors, self._base, max_rank=self._settings.max_lora_rank)
+                number = next(self._ids)
+                # vLLM dies with an adapter that it cannot load when a request brings it, not when it is told before.
+                for failure in await self._llm.collective_rpc("tinker_load_adapter", args=(number, directory)):
+                    if failure:
+                        await self._llm.collective_rpc("tinker_drop_adapter", args=(number,))
+                        raise CheckpointMismatchError(f"vLLM cannot serve the adapter: {failure}")
+                self._adapters[revision] = number
 
     async def load_full(self, revision: str, directory: str) -> None:
-        """Take all weights of a model."""
-        raise NotImplementedError(f"{revision} {directory}")
+        """Take all weights of a model out of safetensors files; a name that is there already keeps its weights.
+
+        They are put into the device when a sample needs them, in place of those that are in it; the directory is not
+        needed any more once this returns, but its files take room until the revision is retired.
+
+        Raises `CapacityError` or `CheckpointMismatchError`.
+        """
+        async with self._loading:
+            if self._is_new(revision):
+                number = next(self._ids)
+                await self._full_weights.load(number, directory)
+                self._full[revision] = number
+
+    def _is_new(self, revision: str) -> bool:
+        """Whether a name is to be loaded; raises `CapacityError` when there is no place for it."""
+        if revision in self._adapters or revision in self._full:
+            self._retired.discard(revision)
+            return False
+        held = len(self._adapters) + len(self._full)
+        if held >= self.capabilities.max_revisions:
+            raise CapacityError(f"the engine holds {held} revisions already; retire one")
+        return True
 
     async def retire(self, revision: str) -> None:
-        """Forget an adapter once the samples in progress from it have ended; unknown names are ignored."""
-        if revision in self._adapters:
+        """Forget a revision once the samples in progress from it have ended; unknown names are ignored."""
+        if revision in self._adapters or revision in self._full:
             self._retired.add(revision)
             await self._forget_unused(revision)
 
     async def _forget_unused(self, revision: str) -> None:
         async with self._loading:
-            if revision in self._retired and not self._users.get(revision):
-                self._retired.discard(revision)
+            if revision not in self._retired or self._users.get(revision):
+                return
+            self._retired.discard(revision)
+            self._users.pop(revision, None)
+            if revision in self._full:
+                await self._full_weights.drop(self._full.pop(revision))
+            else:
                 await self._llm.collective_rpc("tinker_drop_adapter", args=(self._adapters.pop(revision),))
 
     async def retire_all(self) -> None:
-        """Forget all adapters; no sample may be in progress."""
-        for revision in list(self._adapters):
+        """Forget all revisions; no sample may be in progress."""
+        for revision in [*self._adapters, *self._full]:
             await self.retire(revision)
 
     # --- samples ------------------------------------------------------------------------------------------------------
@@ -127,12 +163,17 @@ class VllmEngine:
 
         checked = check_sample(sample, self.capabilities, self._stop_rules)
         revision = sample.revision
-        if revision is not None and (revision not in self._adapters or revision in self._retired):
+        if revision is not None and (
+            revision in self._retired or not (revision in self._adapters or revision in self._full)
+        ):
             raise UnknownCheckpointError(revision)
         if revision is not None:
             self._users.setdefault(revision, set()).add(sample.request_id)
+        self._sequences[sample.request_id] = ()
         try:
-            return await self._generate(checked)
+            # Adapters belong to the base model's own weights.
+            async with self._full_weights.using(ORIGINAL if revision is None else self._full.get(revision, ORIGINAL)):
+                return await self._generate(checked)
         except EngineDeadError as error:
             raise WorkerLostError(f"vLLM has died: {error}") from error
         finally:
@@ -176,9 +217,10 @@ class VllmEngine:
 
         revision = checked.sample.revision
         adapter = None
-        if revision is not None:
-            # Name and path are part of the key of the prefix cache, so each revision has a cache of its own.
-            adapter = LoRARequest(revision, self._adapters[revision], f"memory:{revision}")
+        if revision in self._adapters:
+            # The name is part of the key of the prefix cache, so whatever is loaded has a cache of its own.
+            number = self._adapters[revision]
+            adapter = LoRARequest(f"{revision} ({number})", number, f"memory:{number}")
         stream: AsyncIterator[Any] = self._llm.generate(
             TokensPrompt(prompt_token_ids=checked.prompt),
             vllm_params(checked, index, request_id, self._encoder),
@@ -217,10 +259,15 @@ class VllmEngine:
 
     def is_waiting(self, sample_id: str) -> bool:
         """Whether a sample has produced nothing yet, for want of a place in the batch; False for unknown ones."""
+        if sample_id not in self._sequences:
+            return False
+        external_ids = self._sequences[sample_id]
+        if not external_ids:
+            return True
         processor = self._llm.output_processor
         states = [
             processor.request_states[internal]
-            for external in self._sequences.get(sample_id, ())
+            for external in external_ids
             for internal in processor.external_req_ids.get(external, ())
             if internal in processor.request_states
         ]
@@ -229,14 +276,22 @@ class VllmEngine:
     # --- life ---------------------------------------------------------------------------------------------------------
 
     async def check(self) -> None:
-        """Raise `WorkerLostError` when vLLM has died."""
+        """Raise `WorkerLostError` when vLLM has died, or its weights are not known any more."""
         if self._llm.errored:
             raise WorkerLostError("vLLM has died")
+        if self._full_weights.failure is not None:
+            raise WorkerLostError(self._full_weights.failure)
 
     async def wait_dead(self) -> None:
-        """Return as soon as vLLM has died."""
+        """Return as soon as vLLM has died, or its weights are not known any more."""
         self._llm._run_output_handler()
-        await asyncio.wait([self._llm.output_handler])
+        failed = asyncio.create_task(self._full_weights.wait_failed())
+        try:
+            await asyncio.wait([self._llm.output_handler, failed], return_when=asyncio.FIRST_COMPLETED)
+            if failed.done():
+                log.error("%s", failed.result())
+        finally:
+            failed.cancel()
 
     def close(self) -> None:
         """Stop vLLM."""

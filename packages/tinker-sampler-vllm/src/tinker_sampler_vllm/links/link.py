@@ -9,19 +9,20 @@ import uuid
 from functools import partial
 from typing import Any, Protocol
 
+import attrs
 import zmq
 import zmq.asyncio
 
 from tinker_core.encoding import Encoder, Nothing
-from tinker_core.errors import WorkerLostError
+from tinker_core.errors import InvalidRequestError, TinkerError, WorkerLostError
 from tinker_core.executors.local import raise_error
 from tinker_core.executors.protocol import CancelCall, RetireCall, WaitingCall
 from tinker_core.types import PreparedSample, RequestError, SampleOutput
 from tinker_sampler_vllm.protocol import (
     CALL,
+    MAX_CALL_BYTES,
     METHODS,
     RESULT,
-    STOP,
     ClaimCall,
     EngineDescription,
     LoadCall,
@@ -36,6 +37,16 @@ SILENCE_SECONDS = 20.0
 """An engine that has not answered for so long is given up."""
 _LARGE_ANSWER = 64 * 1024
 """Bytes of an answer that is decoded off the event loop."""
+
+
+@attrs.frozen(kw_only=True)
+class HealthChecks:
+    """How a sampler finds out that an engine is gone without a word."""
+
+    interval: float = HEALTH_SECONDS
+    """Seconds between two questions whether it is well."""
+    silence: float = SILENCE_SECONDS
+    """Seconds without any answer after which it is given up."""
 
 
 class EngineLink(Protocol):
@@ -71,8 +82,9 @@ class EngineLink(Protocol):
 class SocketLink:
     """Calls to an engine process over a ZeroMQ socket."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, checks: HealthChecks | None = None) -> None:
         self.name = name
+        self._checks = checks or HealthChecks()
         self._encoder = Encoder()
         self._context = zmq.asyncio.Context()
         self._socket: Any = self._context.socket(zmq.DEALER)
@@ -89,10 +101,14 @@ class SocketLink:
         secure_client(self._socket, secret)
         self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.IPV6, "[" in address)
+        # A full queue would have callers wait in the socket, where the loss of the engine does not reach them.
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.connect(address)
         self._tasks.append(asyncio.create_task(self._receive()))
         try:
-            async with asyncio.timeout(SILENCE_SECONDS):
+            async with asyncio.timeout(self._checks.silence):
                 self._description = await self.call("claim", claim)
         except TimeoutError as error:
             raise WorkerLostError(
@@ -113,6 +129,8 @@ class SocketLink:
         """Run one command."""
         self._require()
         body = self._encoder.encode(payload, METHODS[method][0])
+        if len(body) > MAX_CALL_BYTES:
+            raise InvalidRequestError(f"a {method} of {len(body)} bytes is too large; engines take {MAX_CALL_BYTES}")
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         call_id = next(self._ids)
         self._calls[call_id] = future
@@ -146,8 +164,8 @@ class SocketLink:
     async def _cancel(self, request_id: str) -> None:
         try:
             await self.call("cancel", CancelCall(request_id=request_id))
-        except WorkerLostError:
-            return  # the place went with its engine
+        except TinkerError as error:
+            log.debug("%s: the place of %s went with its engine: %s", self.name, request_id, error)
 
     async def is_waiting(self, request_id: str) -> bool:
         """Whether a sample has not begun."""
@@ -171,13 +189,13 @@ class SocketLink:
     async def _watch_health(self) -> None:
         """Ask again and again: a machine that is gone says nothing."""
         while True:
-            await asyncio.sleep(HEALTH_SECONDS)
+            await asyncio.sleep(self._checks.interval)
             try:
-                async with asyncio.timeout(SILENCE_SECONDS):
+                async with asyncio.timeout(self._checks.silence):
                     await self.call("health", Nothing())
             except TimeoutError:
-                if asyncio.get_running_loop().time() - self._heard_at >= SILENCE_SECONDS:
-                    self.lose(f"{self.name} has not answered for {SILENCE_SECONDS:.0f} seconds")
+                if asyncio.get_running_loop().time() - self._heard_at >= self._checks.silence:
+                    self.lose(f"{self.name} has not answered for {self._checks.silence:.0f} seconds")
                     return
             except WorkerLostError:
                 return
@@ -206,10 +224,6 @@ class SocketLink:
             if not future.done():
                 future.set_exception(WorkerLostError(reason))
 
-    async def send_stop(self) -> None:
-        """Ask the engine process to end."""
-        await self._socket.send_multipart([STOP])
-
     async def close(self) -> None:
         """Let go of the connection."""
         self.lose(f"{self.name} is not used any more")
@@ -217,5 +231,5 @@ class SocketLink:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._socket.close(linger=500)
+        self._socket.close()
         self._context.term()

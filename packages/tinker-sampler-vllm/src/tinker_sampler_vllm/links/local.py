@@ -6,6 +6,7 @@ import asyncio
 import base64
 import logging
 import os
+import shutil
 import sys
 import uuid
 from pathlib import Path
@@ -15,17 +16,24 @@ from tinker_core.errors import WorkerLostError
 from tinker_core.executors.local import raise_error
 from tinker_core.types import RequestError
 from tinker_sampler_vllm.engine.environment import engine_environment
+from tinker_sampler_vllm.engine.incoming import incoming_directory
 from tinker_sampler_vllm.links.link import SocketLink
+from tinker_sampler_vllm.process_group import end_group
 from tinker_sampler_vllm.protocol import READY, ClaimCall, EngineSettings
 
 log = logging.getLogger(__name__)
 
 _STOP_SECONDS = 20.0
 READY_FD_VARIABLE = "TINKER_READY_FD"
+_STANDARD_ERROR = 2
+"""Where vLLM's log goes, which it would write to standard output."""
 
 
 class EngineProcess:
-    """A child process that runs one engine."""
+    """A child process that runs one engine, and leads a process group of its own.
+
+    So a Ctrl-C at the terminal reaches only its parent, which stops it in order.
+    """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
@@ -42,7 +50,8 @@ class EngineProcess:
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", "tinker_sampler_vllm.engine", address,
-                stdin=asyncio.subprocess.PIPE, env=environment, pass_fds=(writing,),
+                stdin=asyncio.subprocess.PIPE, stdout=_STANDARD_ERROR, env=environment, pass_fds=(writing,),
+                start_new_session=True,
             )  # fmt: skip
         except BaseException:
             os.close(reading)
@@ -78,8 +87,14 @@ class EngineProcess:
         code = await self.process.wait()
         raise WorkerLostError(f"the engine of {base_model!r} ended with exit code {code} while it started; see above")
 
+    async def wait(self) -> int:
+        """Its exit status, when it has ended; minus the signal that killed it."""
+        return await self.process.wait()
+
     async def stop(self) -> None:
-        """Wait for a process that was told to stop, and kill it if it does not."""
+        """Have it end in order, or kill it if it does not."""
+        if self.process.returncode is None:
+            self.process.terminate()
         try:
             async with asyncio.timeout(_STOP_SECONDS):
                 await self.process.wait()
@@ -88,10 +103,12 @@ class EngineProcess:
         await self.kill()
 
     async def kill(self) -> None:
-        """End it now, if it has not ended."""
+        """End it now, if it has not ended, and whatever it has left behind."""
         if self.process.returncode is None:
             self.process.kill()
         await self.process.wait()
+        await asyncio.to_thread(end_group, self.process.pid)
+        await asyncio.to_thread(shutil.rmtree, incoming_directory(self.process.pid), ignore_errors=True)
         if self.process.stdin is not None:
             self.process.stdin.close()
 
@@ -121,7 +138,7 @@ class LocalLink(SocketLink):
         return link
 
     async def _watch(self) -> None:
-        code = await self._process.process.wait()
+        code = await self._process.wait()
         self.lose(f"{self.name} ended with exit code {code}")
 
     async def close(self) -> None:
@@ -130,7 +147,6 @@ class LocalLink(SocketLink):
             await self._process.kill()
         else:
             self._watching.cancel()
-            await self.send_stop()
             await self._process.stop()
         await asyncio.gather(self._watching, return_exceptions=True)
         await super().close()

@@ -21,6 +21,7 @@ from tinker_server.devices import choose_device
 from tinker_server.doctor import machine, software, storage
 from tinker_server.doctor.checkpoint_probe import check_checkpoints
 from tinker_server.doctor.findings import Finding, fail, ok, warn
+from tinker_server.doctor.sampler import check_chosen_sampler
 from tinker_server.doctor.unit import systemd_unit
 from tinker_server.plugin_list import plugin_names
 
@@ -64,8 +65,8 @@ def findings_for(flags: Sequence[str]) -> Iterator[Finding]:
     if plugins is not None:
         config, found = _settings(flags, plugins)
         yield found
-    if config is not None:
-        yield from _look_at(config)
+    if config is not None and plugins is not None:
+        yield from _look_at(config, plugins)
 
 
 def _settings(flags: Sequence[str], plugins: Plugins) -> tuple[ServerConfig | None, Finding]:
@@ -80,9 +81,12 @@ def _settings(flags: Sequence[str], plugins: Plugins) -> tuple[ServerConfig | No
     return config, ok("settings", f"--backend {config.backend} --sampler {config.sampler}, serving {models}")
 
 
-def _look_at(config: ServerConfig) -> Iterator[Finding]:
+def _look_at(config: ServerConfig, plugins: Plugins) -> Iterator[Finding]:
     data_dir = Path(config.data_dir).expanduser().resolve()
-    yield from machine.check_device(choose_device(config.device, os.environ), config.num_ranks)
+    device = choose_device(config.device, os.environ)
+    yield from machine.check_device(device, config.num_ranks)
+    engine_config = config.engine_config(plugins=plugin_names(os.environ), device=device)
+    yield from check_chosen_sampler(engine_config, plugins)
     yield from machine.check_memory()
     yield from machine.check_files(config.max_connections)
     yield from storage.check_data_dir(data_dir)

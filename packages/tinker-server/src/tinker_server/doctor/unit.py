@@ -52,7 +52,7 @@ def systemd_unit(config: ServerConfig, arguments: Sequence[str], environment: Ma
         "NoNewPrivileges=true",
         "PrivateTmp=true",
         "ProtectSystem=strict",
-        f"ReadWritePaths={_quoted(str(data_dir))}",
+        f"ReadWritePaths={' '.join(_quoted(str(path)) for path in _writable(config, data_dir))}",
         "ProtectKernelTunables=true",
         "ProtectKernelModules=true",
         "ProtectControlGroups=true",
@@ -66,6 +66,12 @@ def systemd_unit(config: ServerConfig, arguments: Sequence[str], environment: Ma
         "",
     ]
     return "\n".join(lines)
+
+
+def _writable(config: ServerConfig, data_dir: Path) -> list[Path]:
+    """What is written to, besides what every service may write to: /dev, and a /tmp of its own."""
+    handoff_dir = Path(config.handoff_dir).expanduser().resolve()
+    return [data_dir] if handoff_dir.is_relative_to("/dev") else [data_dir, handoff_dir]
 
 
 def _quoted(word: str) -> str:
