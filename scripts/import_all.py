@@ -16,6 +16,7 @@ OPTIONAL = {
     "tinker_core.sampling.drawing": "torch",
     "tinker_core.sampling.scoring": "torch",
     "tinker_sampler_vllm.engine.cpu_lora": "torch",
+    "tinker_sampler_vllm.engine.cpu_seeds": "torch",
     "tinker_sampler_vllm.engine.cpu_slots": "torch",
     "tinker_sampler_vllm.engine.extension": "torch",
     "tinker_sampler_vllm.engine.requests": "torch",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 
@@ -25,8 +26,9 @@ from tinker_core.types import (
 class Gate:
     """A plugin whose samplers hold all samples until they are let through."""
 
-    def __init__(self, slots: int = 8) -> None:
+    def __init__(self, slots: int = 8, **capabilities: Any) -> None:
         self.slots = slots
+        self.capabilities = capabilities
         self.started: asyncio.Queue[PreparedSample] = asyncio.Queue()
         """Samples that have a slot, in order."""
         self.let_through: dict[str, asyncio.Event] = {}
@@ -66,7 +68,13 @@ class _GateSampler:
         """It runs already."""
 
     def capabilities(self) -> SamplerCapabilities:
-        return SamplerCapabilities(max_context_length=64, vocab_size=64, transports=(Transport.FILE,), max_revisions=4)
+        return SamplerCapabilities(
+            max_context_length=64,
+            vocab_size=64,
+            transports=(Transport.FILE,),
+            max_revisions=4,
+            **self.gate.capabilities,
+        )
 
     async def publish(self, revision: str, ref: WeightsRef) -> None:
         del revision, ref

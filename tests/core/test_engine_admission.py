@@ -9,6 +9,7 @@ import attrs
 import pytest
 
 from tests.core.conftest import Client, EngineFactory, datum, forward_backward, optim_step
+from tests.core.gate_sampler import Gate
 from tinker_core.engine import NewSession
 from tinker_core.engine.admission import MAX_LOSSES
 from tinker_core.errors import PluginError
@@ -119,3 +120,29 @@ def test_no_plugin_takes_the_name_of_custom_losses() -> None:
     plugins.register(Taking(), "taking")
     with pytest.raises(PluginError, match="'custom'"):
         plugins.losses()
+
+
+# --- adapters that the sampler could not serve ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ready", [True, False], ids=["while-it-runs", "while-it-starts"])
+def test_a_model_that_the_sampler_could_not_serve_is_refused_when_it_is_created(
+    open_engine: EngineFactory, ready: bool
+) -> None:
+    async def body() -> None:
+        gate = Gate(max_lora_rank=4, lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"))
+        async with open_engine(sampler="gate", more_plugins={"gate": gate}) as client:
+            if ready:
+                await client.engine.wait_ready()
+            only_attention = attrs.evolve(client.create_input().lora_config, train_mlp=False, train_unembed=False)
+            bad_rank = attrs.evolve(only_attention, rank=5)
+            everything = attrs.evolve(only_attention, train_mlp=True, train_unembed=True)
+            outputs = [
+                await client.run(attrs.evolve(client.create_input(number), lora_config=lora_config))
+                for number, lora_config in enumerate((bad_rank, everything, only_attention))
+            ]
+            assert [getattr(output, "code", None) for output in outputs] == ["InvalidLoraConfigError"] * 2 + [None]
+            assert "up to 4" in getattr(outputs[0], "message", "")
+            assert "adapts down_proj, lm_head, up_proj" in getattr(outputs[1], "message", "")
+
+    asyncio.run(body())

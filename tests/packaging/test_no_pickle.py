@@ -18,8 +18,8 @@ LIBRARIES = (
 )
 """Modules that pickle, or whose queues, pipes, pools and stores do."""
 FUNCTIONS = frozenset({"torch.load", "torch.save", "torch.serialization", "np.fromfile", "numpy.fromfile"})
-HARMLESS = frozenset({"multiprocessing.parent_process"})
-"""Of these libraries, and sends nothing."""
+HARMLESS = frozenset({"multiprocessing.current_process", "multiprocessing.parent_process"})
+"""Of these libraries, and send nothing."""
 METHODS = frozenset({"read_pickle", "send_pyobj", "recv_pyobj", "send_object", "recv_object"})
 """Last parts of names, of whatever they are called on."""
 

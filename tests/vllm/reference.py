@@ -56,8 +56,8 @@ class LoneSampler:
         """Take a revision away."""
         self.run(self.sampler.retire(revision)).result(timeout=120)
 
-    def start(self, revision: str | None, prompt: Sequence[int], **fields: Any) -> Future[SampleOutput]:
-        """Begin a sample of 8 tokens; fields of `SamplingParams` and of `SampleInput` both go by name."""
+    def request(self, revision: str | None, prompt: Sequence[int], **fields: Any) -> PreparedSample:
+        """A sample of 8 tokens; fields of `SamplingParams` and of `SampleInput` both go by name."""
         names = {field.name for field in attrs.fields(SamplingParams)}
         params: dict[str, Any] = {"max_tokens": 8, "seed": 1, "stop": StopCondition(at_eos=False)}
         params |= {name: fields.pop(name) for name in list(fields) if name in names}
@@ -68,8 +68,19 @@ class LoneSampler:
             sampling_params=SamplingParams(**params),
             **fields,
         )
-        sample = PreparedSample(request_id=f"sample-{next(self._ids)}", revision=revision, request=request)
+        return PreparedSample(request_id=f"sample-{next(self._ids)}", revision=revision, request=request)
+
+    def begin(self, sample: PreparedSample) -> Future[SampleOutput]:
+        """Begin a sample; cancelling the future gives it up."""
         return self.run(self.sampler.sample(sample))
+
+    def start(self, revision: str | None, prompt: Sequence[int], **fields: Any) -> Future[SampleOutput]:
+        """Make a `request` and begin it."""
+        return self.begin(self.request(revision, prompt, **fields))
+
+    def is_waiting(self, request_id: str) -> bool:
+        """Whether a sample has not begun."""
+        return self.run(self.sampler.is_waiting(request_id)).result(timeout=30)
 
     def sample(self, revision: str | None, prompt: Sequence[int], **fields: Any) -> SampleOutput:
         """One sample from beginning to end."""

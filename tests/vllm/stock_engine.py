@@ -81,22 +81,33 @@ def _record(output: Any, prompt_logprobs: bool) -> dict[str, Any]:
 
 
 def _dies(stock: Stock, job: Job) -> bool:
-    """Whether an adapter that is not there ends the whole engine."""
+    """Whether a job ends the whole engine."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
-        stock.run([(job[0][0], "/nonexistent/adapter")])
+        stock.run(job)
     except Exception as error:
         log.warning("%s: %s", type(error).__name__, error)
     try:
-        stock.run(job[:1])
+        stock.run([(job[0][0], None)])
     except EngineDeadError:
         return True
     return False
 
 
+def _temperatures() -> list[float | None]:
+    """What becomes of a low and a high one; None for a refusal."""
+    from vllm import SamplingParams
+
+    try:
+        high = SamplingParams(temperature=3.0).temperature
+    except ValueError:
+        high = None
+    return [SamplingParams(temperature=0.005).temperature, high]
+
+
 def main() -> None:
-    """Run all jobs on one engine."""
+    """Run all jobs, the last of them on an engine of its own."""
     told = json.loads(sys.stdin.read())
     stock = Stock(told["model"])
     first, second, copy = told["adapters"][0], told["adapters"][1], told["copy"]
@@ -109,7 +120,10 @@ def main() -> None:
     stock.llm.collective_rpc("reload_weights", kwargs={"weights_path": told["other"]})
     stock.llm.reset_prefix_cache()
     answers["reloaded"] = stock.run([(told["long"], None)])
-    answers["dies"] = _dies(stock, told["mixed"])
+    answers["unknown_module"] = stock.run([(told["long"], told["deeper"])])
+    answers["dies_of_missing"] = _dies(stock, [(told["long"], "/nonexistent/adapter")])
+    answers["dies_of_parts"] = _dies(Stock(told["model"]), [(told["long"], None)] * 16)
+    answers["temperatures"] = _temperatures()
     with os.fdopen(int(told["answer_fd"]), "w") as pipe:
         json.dump(answers, pipe)
     os._exit(0)  # a dead engine does not shut down

@@ -73,6 +73,10 @@ class BaseModel:
     _lost_at: float | None = None
     num_restarts = 0
     """How often workers died and were started again."""
+    state = "starting"
+    _was_ready = False
+    _workers: Workers | None = None
+    _running: Work | None = None
 
     def __init__(
         self,
@@ -92,7 +96,6 @@ class BaseModel:
         self.spec = spec
         most = 1 if config.deterministic else config.max_resident
         self.scheduler = Scheduler(token_budget=config.pass_tokens, max_models_per_work=most)
-        self.state = "starting"
         self._config = config
         self._plugins = plugins
         self._clock = clock
@@ -101,15 +104,11 @@ class BaseModel:
         self._on_idle = on_idle
         self._trainer = trainer_plugin(config, plugins)
         self._wake = asyncio.Event()
-        self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._was_ready = False
-        self._workers: Workers | None = None
+        self._started, self._own_started = _new_future(), _new_future()
         self._own = _own_sampler(spec, config, plugins)
         """A sampler beside the workers, which goes on when they die."""
-        self._own_started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.agreement = AgreementGate(spec, config, sampler_plugin(spec, config, plugins))
         """Whether trainer and sampler compute the same."""
-        self._running: Work | None = None
         self._aside: dict[asyncio.Task[None], Work] = {}
         """Work that others do not wait for."""
         self._unfinished: list[QueuedRequest] = []
@@ -431,7 +430,7 @@ class BaseModel:
         await self._finish_aside()
         self.state = "starting"
         if self._started.done():
-            self._started = asyncio.get_running_loop().create_future()
+            self._started = _new_future()
             self.num_restarts += 1
             self._lost_at = self._clock.monotonic()
             log.error("base model %r: %s; its models will be brought back", self.spec.name, reason)
@@ -462,6 +461,10 @@ class BaseModel:
         if self._own is not None:
             self.revisions.detach()
             await self._own.close()
+
+
+def _new_future() -> asyncio.Future[None]:
+    return asyncio.get_running_loop().create_future()
 
 
 def _own_sampler(spec: BaseModelSpec, config: EngineConfig, plugins: Plugins) -> OwnSampler | None:

@@ -129,7 +129,7 @@ class OpenWeights:
     """Safetensors files, mapped into memory for as long as this lives, even if their names are removed meanwhile."""
 
     def __init__(self, files: list[str], embedding: str) -> None:
-        self._files = [safe_open(file, framework="pt", device="cpu") for file in files]
+        self._files: list[Any] = [safe_open(file, framework="pt", device="cpu") for file in files]
         self._embedding = embedding
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
