@@ -48,7 +48,7 @@ class Stock:
         return LoRARequest(f"adapter-{number}", number, directory, **fields)
 
     def run(self, job: Job, *, prompt_logprobs: bool = False, **fields: Any) -> list[dict[str, Any]]:
-        """Tokens, and logprobs of prompts or of what was generated."""
+        """What was generated, and its logprobs."""
         from vllm import SamplingParams, TokensPrompt
 
         params = SamplingParams(
@@ -66,26 +66,24 @@ class Stock:
             lora_request=[self.adapter(directory, **fields) for _, directory in job],
             use_tqdm=False,
         )
-        return [_record(output, prompt_logprobs) for output in outputs]
+        return [_record(output) for output in outputs]
 
 
-def _record(output: Any, prompt_logprobs: bool) -> dict[str, Any]:
+def _record(output: Any) -> dict[str, Any]:
     (sequence,) = output.outputs
     tokens = list(sequence.token_ids)
-    logprobs = [row[token].logprob for row, token in zip(sequence.logprobs, tokens, strict=True)]
-    prompt = list(output.prompt_token_ids)
-    if prompt_logprobs:
-        rows = zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
-        return {"tokens": [], "logprobs": [row[token].logprob for row, token in rows]}
-    return {"tokens": tokens, "logprobs": logprobs}
+    return {
+        "tokens": tokens,
+        "logprobs": [row[token].logprob for row, token in zip(sequence.logprobs, tokens, strict=True)],
+    }
 
 
-def _dies(stock: Stock, job: Job) -> bool:
+def _dies(stock: Stock, job: Job, **fields: Any) -> bool:
     """Whether a job ends the whole engine."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
-        stock.run(job)
+        stock.run(job, **fields)
     except Exception as error:
         log.warning("%s: %s", type(error).__name__, error)
     try:
@@ -107,12 +105,11 @@ def _temperatures() -> list[float | None]:
 
 
 def main() -> None:
-    """Run all jobs, the last of them on an engine of its own."""
+    """Run all jobs, those that may end an engine on one of their own."""
     told = json.loads(sys.stdin.read())
     stock = Stock(told["model"])
     first, second, copy = told["adapters"][0], told["adapters"][1], told["copy"]
     answers: dict[str, Any] = {"mixed": stock.run(told["mixed"])}
-    answers["mixed_prompts"] = stock.run(told["mixed"], prompt_logprobs=True)
     shutil.copytree(first, copy)
     stock.run([(told["long"], copy)])
     shutil.copytree(second, copy, dirs_exist_ok=True)
@@ -122,6 +119,7 @@ def main() -> None:
     answers["reloaded"] = stock.run([(told["long"], None)])
     answers["unknown_module"] = stock.run([(told["long"], told["deeper"])])
     answers["dies_of_missing"] = _dies(stock, [(told["long"], "/nonexistent/adapter")])
+    answers["dies_of_prompts"] = _dies(Stock(told["model"]), told["mixed"], prompt_logprobs=True)
     answers["dies_of_parts"] = _dies(Stock(told["model"]), [(told["long"], None)] * 16)
     answers["temperatures"] = _temperatures()
     with os.fdopen(int(told["answer_fd"]), "w") as pipe:

@@ -21,6 +21,8 @@ from tinker_core.interfaces import Sampler, SamplerContext, SamplerPlugin
 from tinker_core.plugins import Plugins
 from tinker_core.types import BaseModelSpec, Placement, WeightsRef
 
+pytestmark = pytest.mark.slow
+
 
 @attrs.define
 class SetUpOtherwise:

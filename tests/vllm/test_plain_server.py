@@ -23,6 +23,8 @@ from tinker_core.sampling.stopping import load_decoder
 from tinker_core.types import BaseModelSpec, SampleOutput, StopCondition, StopReason, TensorData
 from tinker_sampler_vllm.links.plain_server import PlainServer
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-5
 PROMPT = [5, 9, 14, 22, 31, 7, 40, 12]
 NEVER = StopCondition(at_eos=False)
@@ -295,7 +297,6 @@ def test_a_killed_server_costs_only_time(alone: LoneSampler, server: PlainVllm) 
     assert [output.sequences for output in after] == [output.sequences for output in before]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["processed_logprobs", "raw_logits", "processed_logits"])
 def test_a_server_that_reports_other_logprobs_is_refused_at_start(model: Path, mode: str) -> None:
     server = PlainVllm(model, "--logprobs-mode", mode)

@@ -8,12 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.chaos.tree import wait_gone
 from tests.models import write_tiny_model
 from tests.vllm.conftest import HIDDEN_SIZE, LORA_SLOTS, vllm_bench
 from tests.vllm.load import PATIENCE, Load, descendants_of, engines_of, process_of, tokens_of
 from tests.vllm_links.engines import free_address
 from tinker_sampler_vllm.security import create_secret
+
+pytestmark = pytest.mark.slow
 
 
 def serve(directory: Path, address: str, secret: Path) -> subprocess.Popen[str]:

@@ -19,8 +19,9 @@ PARTS = {"attention": ATTENTION_TARGETS, "mlp": MLP_TARGETS, "unembed": UNEMBED_
 """The parts of an adapter, and what each changes."""
 
 TOLERANCES = {
-    # Both sides round each operation to 24 bits, in different orders: measured up to 1e-4, and 1e-5 on average.
-    "float32": AgreementFigures(max=1e-3, mean=1e-4, kl=1e-6),
+    # Both sides round each operation to 24 bits, in different orders: measured up to 1e-5 of a tiny model and up to
+    # 1.4e-3 of one of 135M parameters under an adapter that changes it a lot, where single unlikely tokens stand out.
+    "float32": AgreementFigures(max=1e-2, mean=1e-3, kl=1e-5),
     # Logits of 16 to 32 lie 0.125 apart in 8 bits, so that single unlikely tokens are far off by rounding alone;
     # measured of a model of 135M parameters: up to 0.4, 0.1 on average, KL 0.008. Means tell it from other weights.
     "bfloat16": AgreementFigures(max=2.0, mean=0.25, kl=0.05),
