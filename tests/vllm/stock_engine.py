@@ -33,6 +33,7 @@ class Stock:
             max_lora_rank=16,
             max_model_len=512,
             max_num_seqs=16,
+            max_num_batched_tokens=2048,
             enforce_eager=True,
             kv_cache_memory_bytes=64 << 20,
             enable_prefix_caching=True,
@@ -96,10 +97,11 @@ def _dies(stock: Stock, job: Job, **fields: Any) -> bool:
 def _temperatures() -> list[float | None]:
     """What becomes of a low and a high one; None for a refusal."""
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     try:
         high = SamplingParams(temperature=3.0).temperature
-    except ValueError:
+    except VLLMValidationError:
         high = None
     return [SamplingParams(temperature=0.005).temperature, high]
 
