@@ -18,6 +18,8 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
+from tests.models import write_tiny_model
+from tests.vllm.conftest import HIDDEN_SIZE
 from tinker_core.interfaces import SamplerContext
 from tinker_core.types import (
     BaseModelSpec,
@@ -32,6 +34,10 @@ from tinker_core.types import (
 )
 
 _T = TypeVar("_T")
+CONTEXT = 512
+RANKS = (2, 4, 8, 16)
+LONG_PROMPT = np.random.default_rng(11).integers(4, 100, 300).tolist()
+"""Several blocks of the cache, which has 128 tokens in each on CPUs."""
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 
 
@@ -99,7 +105,7 @@ def prompt_logprobs(output: SampleOutput) -> npt.NDArray[np.float32]:
 
 @contextmanager
 def lone_sampler(
-    model: Path, *, dtype: str = "float32", max_context: int = 512, **fields: Any
+    model: Path, *, dtype: str = "float32", max_context: int = CONTEXT, **fields: Any
 ) -> Iterator[LoneSampler]:
     """A sampler with one engine on the CPU; ``options`` and other fields of `SamplerContext` go by name."""
     from tinker_sampler_vllm.build import build_sampler
@@ -163,6 +169,27 @@ def write_adapter(
                 parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
     peft.save_pretrained(directory, save_embedding_layers=False)
     return directory
+
+
+def rename_tensors(directory: Path, old: str, new: str) -> None:
+    """Change the names in an adapter's file."""
+    from safetensors.numpy import load_file, save_file
+
+    file = directory / "adapter_model.safetensors"
+    save_file({name.replace(old, new): values for name, values in load_file(file).items()}, file)
+
+
+def write_models(directory: Path, *, tie: bool) -> tuple[Path, Path, list[Path]]:
+    """A model, another of the same architecture, and adapters of the first with an ``lm_head``."""
+    kind = "llama" if tie else "qwen3"
+    models = [
+        write_tiny_model(
+            directory / f"model-{seed}", kind, tie=tie, hidden_size=HIDDEN_SIZE, max_context=CONTEXT, seed=seed
+        )
+        for seed in (0, 5)
+    ]
+    adapters = [write_adapter(models[0], directory / f"rank-{rank}", rank=rank, seed=rank) for rank in RANKS]
+    return models[0], models[1], adapters
 
 
 @lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""A program: what vLLM answers without our fixes, as JSON on standard output, for `test_upstream_bugs`.
+"""A program: what vLLM answers without our fixes, as JSON on standard output, for `test_stock_vllm`.
 
 It is told what to do by JSON on standard input; every job is a list of (prompt, adapter directory or None).
 """
@@ -122,7 +122,8 @@ def main() -> None:
     answers["unknown_module"] = stock.run([(told["long"], told["deeper"])])
     answers["dies_of_missing"] = _dies(stock, [(told["long"], "/nonexistent/adapter")])
     answers["dies_of_prompts"] = _dies(Stock(told["model"]), told["mixed"], prompt_logprobs=True)
-    answers["dies_of_parts"] = _dies(Stock(told["model"]), [(told["long"], None)] * 16)
+    different = [([4 + number, *told["long"]], None) for number in range(16)]
+    answers["dies_of_parts"] = _dies(Stock(told["model"]), different)
     answers["temperatures"] = _temperatures()
     with os.fdopen(int(told["answer_fd"]), "w") as pipe:
         json.dump(answers, pipe)

@@ -19,6 +19,8 @@ from tests.vllm.reference import LoneSampler, lone_sampler, prompt_logprobs, ref
 from tinker_core.errors import CapacityError, CheckpointMismatchError, UnknownCheckpointError
 from tinker_core.types import SampleOutput
 
+pytestmark = pytest.mark.slow
+
 CONTEXT = 512
 MAX_REVISIONS = 6
 PROMPT = np.random.default_rng(4).integers(4, 100, 300).tolist()
@@ -218,7 +220,6 @@ def test_full_revisions_count_among_all(lab):
             lab.lone.retire(revision)
 
 
-@pytest.mark.slow
 def test_a_change_that_fails_half_way_is_served_to_nobody(lab):
     lab.lone.publish("broken", lab.model(11))
     file = lab.lone.sampler._weights.directory("broken") / WEIGHTS

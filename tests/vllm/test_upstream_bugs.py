@@ -1,43 +1,41 @@
-"""What vLLM 0.32 gets wrong and we mend, in numbers of transformers and PEFT; see also `TestStockVllm`."""
+"""What vLLM 0.32 gets wrong and we mend, in numbers of transformers and PEFT.
+
+`test_stock_vllm` shows what happens without our fixes.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import attrs
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from tests.models import write_tiny_model
 from tests.vllm.conftest import HIDDEN_SIZE
 from tests.vllm.reference import (
+    CONTEXT,
+    LONG_PROMPT,
+    RANKS,
     LoneSampler,
     lone_sampler,
     prompt_logprobs,
-    reference_logprobs,
     reference_table,
+    rename_tensors,
     write_adapter,
+    write_models,
 )
 from tinker_core.errors import CheckpointMismatchError, StorageError
 from tinker_core.types import SampleOutput, TensorData
 
 TOLERANCE = 1e-5
-CONTEXT = 512
 STEP_TOKENS = 2048
 """vLLM computes no more of all prompts at once."""
 LORA_SLOTS = 4
-RANKS = (2, 4, 8, 16)
-_RANDOM = np.random.default_rng(11)
-LONG_PROMPT = _RANDOM.integers(4, 100, 300).tolist()
-"""Several blocks of the cache, which has 128 tokens in each on CPUs."""
+_RANDOM = np.random.default_rng(12)
 
 
 @attrs.frozen
@@ -78,19 +76,6 @@ class Lab:
         for revision in (None, "rank-2", "rank-16"):
             self.check(revision, LONG_PROMPT[:20], self.lone.sample(revision, LONG_PROMPT[:20]))
         assert [keeper.num_losses for keeper in self.lone.sampler._keepers] == [0]
-
-
-def write_models(directory: Path, *, tie: bool) -> tuple[Path, Path, list[Path]]:
-    """A model, another of the same architecture, and adapters of the first with an ``lm_head``."""
-    kind = "llama" if tie else "qwen3"
-    models = [
-        write_tiny_model(
-            directory / f"model-{seed}", kind, tie=tie, hidden_size=HIDDEN_SIZE, max_context=CONTEXT, seed=seed
-        )
-        for seed in (0, 5)
-    ]
-    adapters = [write_adapter(models[0], directory / f"rank-{rank}", rank=rank, seed=rank) for rank in RANKS]
-    return models[0], models[1], adapters
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -201,11 +186,6 @@ def altered(lab: Lab, name: str, alter) -> Path:
     return directory
 
 
-def _rename(directory: Path, old: str, new: str) -> None:
-    file = directory / "adapter_model.safetensors"
-    save_file({name.replace(old, new): values for name, values in load_file(file).items()}, file)
-
-
 def _truncate(directory: Path) -> None:
     file = directory / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -219,9 +199,13 @@ def _claim_rank(directory: Path, rank: int) -> None:
 @pytest.mark.parametrize(
     ("name", "alter", "message"),
     [
-        ("deeper", lambda d: _rename(d, "layers.1.mlp.up_proj", "layers.7.mlp.up_proj"), r"layers\.7\.mlp\.up_proj"),
-        ("normed", lambda d: _rename(d, "layers.1.mlp.up_proj", "layers.1.input_layernorm"), "input_layernorm"),
-        ("half", lambda d: _rename(d, "q_proj.lora_B", "q_proj.lora_C"), "do not fit together"),
+        (
+            "deeper",
+            lambda d: rename_tensors(d, "layers.1.mlp.up_proj", "layers.7.mlp.up_proj"),
+            r"layers\.7\.mlp\.up_proj",
+        ),
+        ("normed", lambda d: rename_tensors(d, "layers.1.mlp.up_proj", "layers.1.input_layernorm"), "input_layernorm"),
+        ("half", lambda d: rename_tensors(d, "q_proj.lora_B", "q_proj.lora_C"), "do not fit together"),
         ("truncated", _truncate, "cannot be read"),
         ("empty", lambda d: (d / "adapter_model.safetensors").unlink(), "cannot be read"),
         ("claims", lambda d: _claim_rank(d, 64), "rank 64"),
@@ -352,86 +336,3 @@ def test_the_head_of_a_model_that_does_not_offer_it_is_adapted(tmp_path):
         lab = Lab(lone, tmp_path, model, model, {None: None, "adapter": adapter})
         for revision in lab.adapters:
             lab.check(revision, LONG_PROMPT[:20], lone.sample(revision, LONG_PROMPT[:20], prompt_logprobs=True))
-
-
-# --- without our fixes ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `stock_engine` was told and what it answered."""
-    from tinker_sampler_vllm.engine.environment import engine_environment
-    from tinker_sampler_vllm.engine.in_vllm import ENGINE_VARIABLE
-
-    pytest.importorskip("vllm", reason="vLLM is not installed")
-    directory = tmp_path_factory.mktemp("stock")
-    model, other, adapters = write_models(directory, tie=True)
-    deeper = write_adapter(model, directory / "deeper", rank=4, seed=3)
-    _rename(deeper, "layers.1.mlp.up_proj", "layers.7.mlp.up_proj")
-    names = [None, *map(str, adapters)]
-    reading, writing = os.pipe()
-    told = {
-        "model": str(model),
-        "other": str(other),
-        "adapters": names[1:],
-        "deeper": str(deeper),
-        "copy": str(directory / "copy"),
-        "mixed": [(LONG_PROMPT[place : place + 20], name) for place, name in enumerate(names * 2)],
-        "long": LONG_PROMPT,
-        "answer_fd": writing,
-    }
-    environment = engine_environment("cpu", os.environ)
-    del environment[ENGINE_VARIABLE]  # then our plugin leaves vLLM alone
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.vllm.stock_engine"],
-            input=json.dumps(told), text=True, env=environment, pass_fds=(writing,), timeout=280, check=False,
-        )  # fmt: skip
-    finally:
-        os.close(writing)
-    with os.fdopen(reading) as pipe:
-        answers = pipe.read()
-    assert answers, f"the bare engine ended with exit code {done.returncode}"
-    return told, json.loads(answers)
-
-
-@pytest.mark.slow
-class TestStockVllm:
-    """The same questions to a bare engine. Where one of these fails, vLLM is mended and our fix may go."""
-
-    def error(self, answer: dict[str, Any], prompt: list[int], model: str, adapter: str | None = None) -> float:
-        """Greatest difference of its logprobs from Hugging Face."""
-        own = reference_logprobs(Path(model), None if adapter is None else Path(adapter), [*prompt, *answer["tokens"]])
-        return float(np.abs(own[-len(answer["logprobs"]) :] - answer["logprobs"]).max())
-
-    def test_rows_without_adapter_get_one(self, stock):
-        told, answers = stock
-        errors = [
-            (adapter, self.error(answer, prompt, told["model"], adapter))
-            for (prompt, adapter), answer in zip(told["mixed"], answers["mixed"], strict=True)
-        ]
-        assert min(error for adapter, error in errors if adapter is None) > 100 * TOLERANCE
-        assert max(error for adapter, error in errors if adapter is not None) < TOLERANCE
-
-    def test_prompt_logprobs_with_adapters_on_the_head_end_the_engine(self, stock):
-        assert stock[1]["dies_of_prompts"]
-
-    def test_weights_loaded_in_place_are_served_the_old_cache(self, stock):
-        told, answers = stock
-        assert self.error(answers["in_place"][0], told["long"], told["model"], told["adapters"][1]) > 100 * TOLERANCE
-
-    def test_a_tied_head_stays_what_it_was_when_weights_are_reloaded(self, stock):
-        told, answers = stock
-        assert self.error(answers["reloaded"][0], told["long"], told["other"]) > 100 * TOLERANCE
-
-    def test_an_adapter_that_is_not_there_ends_the_engine(self, stock):
-        assert stock[1]["dies_of_missing"]
-
-    def test_seeded_prompts_that_are_computed_in_parts_end_the_engine(self, stock):
-        assert stock[1]["dies_of_parts"]
-
-    def test_modules_that_are_not_there_are_passed_over(self, stock):
-        assert stock[1]["unknown_module"]
-
-    def test_temperatures_are_lifted_or_refused(self, stock):
-        assert stock[1]["temperatures"] == [0.01, None]

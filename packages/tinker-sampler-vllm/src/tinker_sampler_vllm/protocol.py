@@ -28,7 +28,7 @@ class EngineSettings:
     """``"cpu"`` or ``"cuda"``."""
     dtype: str
     max_revisions: int = 64
-    """Adapters that the engine holds at once, in host memory."""
+    """Adapters and full weights that the engine holds at once, all of them in host memory."""
     max_lora_rank: int = 128
     lora_slots: int = 8
     """Different adapters of one batch; each slot takes device memory for an adapter of the greatest rank."""
