@@ -85,6 +85,7 @@ BODIES: dict[str, list[dict[str, Any]]] = {
     "client/config": [{"sdk_version": "0.38.0"}],
     "client/dynamic_config": [{"sdk_version": "0.38.0"}],
     "auth/token": [{}],
+    "/agreement": [{}],
     "create_session": [
         {
             "type": "create_session",
@@ -173,7 +174,19 @@ PARAMETERS: dict[str, list[str]] = {
 }
 """Good values of path parameters by name."""
 
-QUERY_KEYS = ("limit", "offset", "project_id", "cursor", "expires", "signature", "from", "to", "start", "group_by")
+QUERY_KEYS = (
+    "limit",
+    "offset",
+    "project_id",
+    "cursor",
+    "expires",
+    "signature",
+    "from",
+    "to",
+    "start",
+    "group_by",
+    "base_model",
+)
 
 _SEQ_IDS = itertools.count(10)
 

@@ -51,6 +51,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         yield Lab(lone, model, adapters)
 
 
+@pytest.mark.slow
 def test_each_adapter_of_one_slot_is_alone_in_it_whatever_was_there_before(lab):
     for name, directory in lab.adapters.items():
         lab.lone.publish(name, directory)

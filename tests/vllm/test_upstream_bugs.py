@@ -78,7 +78,9 @@ class Lab:
         assert [keeper.num_losses for keeper in self.lone.sampler._keepers] == [0]
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(True, id="tied"), pytest.param(False, id="untied", marks=pytest.mark.slow)]
+)
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     pytest.importorskip("vllm", reason="vLLM is not installed")
     directory = tmp_path_factory.mktemp("upstream")

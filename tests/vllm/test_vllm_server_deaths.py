@@ -95,6 +95,7 @@ def assert_all_sampled(clients: list[tinker.SamplingClient], expected: list[np.n
         np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sampling_goes_on_while_the_trainer_stands_still(server: VllmServer, model: tinker.TrainingClient) -> None:
     clients, expected = weights(model, 2)
     with stopped(server.ranks()):
@@ -105,6 +106,7 @@ def test_sampling_goes_on_while_the_trainer_stands_still(server: VllmServer, mod
     assert trained.result().loss_fn_outputs
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_the_engine_stands_still(server: VllmServer, model: tinker.TrainingClient) -> None:
     [client], [expected] = weights(model, 1)
     with stopped(server.engine().values()):
@@ -116,6 +118,7 @@ def test_training_goes_on_while_the_engine_stands_still(server: VllmServer, mode
     np.testing.assert_allclose(np.array(asked.result()[1:], np.float64), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_ranks_that_are_killed_take_no_sample_and_no_weights_with_them(
     server: VllmServer, model: tinker.TrainingClient
 ) -> None:
@@ -152,6 +155,7 @@ def test_an_engine_that_is_killed_loses_no_sample_and_training_does_not_notice(
     assert wait_gone(family.values(), PATIENCE) == []  # nothing of the lost engine stays behind
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_comes_back_with_all_weights_that_were_not_saved(
     server: VllmServer, model: tinker.TrainingClient
 ) -> None:
