@@ -31,7 +31,7 @@ def test_figures_and_tolerance_are_told_and_are_metrics(beside: tuple[Api, Besid
     report = answer.json()
     assert report["agrees"]
     assert report["dtype"] == "float32"
-    assert report["tolerance"] == {"max": 1e-3, "mean": 1e-4, "kl": 1e-6}
+    assert report["tolerance"] == {"max": 1e-2, "mean": 1e-3, "kl": 1e-5}
     assert report["figures"].keys() == {"base", "adapter", "decode"}
     for compared, figures in report["figures"].items():
         for name, figure in figures.items():
