@@ -220,6 +220,7 @@ NAMES_NOTHING = {
     ("DELETE", "/api/v1/auth/apikey/me"),
     ("GET", "/plugins"),
     ("GET", "/metrics"),
+    ("POST", "/agreement"),  # a base model is everybody's
     *(("GET", path) for path in OPEN_PATHS),
 }
 """Requests that can name nobody's things."""
