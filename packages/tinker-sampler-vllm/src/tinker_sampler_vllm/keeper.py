@@ -94,20 +94,9 @@ class EngineKeeper:
                 await lost.close()
             except Exception:
                 log.exception("what is left of %s cannot be tidied up", self.name)
-            self._put(await self._start_again())
+            lived = asyncio.get_running_loop().time() - self._put_at
+            self._put(await self._restarts.start_again(self.name, self._start, lived))
             log.info("%s runs again", self.name)
-
-    async def _start_again(self) -> EngineLink:
-        lived = asyncio.get_running_loop().time() - self._put_at
-        while True:
-            await asyncio.sleep(self._restarts.pause(lived))
-            try:
-                return await self._start()
-            except Exception as error:
-                if not isinstance(error, TinkerError):
-                    log.exception("%s failed", self.name)
-                log.error("%s does not start: %s", self.name, error)
-                lived = 0.0
 
     # --- weights ------------------------------------------------------------------------------------------------------
 

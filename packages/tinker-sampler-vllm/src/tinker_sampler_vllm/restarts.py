@@ -1,8 +1,17 @@
-"""How long to wait before an engine that was lost is started, or connected to, again."""
+"""How an engine that was lost is started, or connected to, again, and how long is waited before."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from tinker_core.errors import TinkerError
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 STABLE_SECONDS = 60.0
 """An engine that ran for so long makes up for all failures before it."""
@@ -13,7 +22,7 @@ REMOTE_PAUSES = (0.0, 1.0, 2.0)
 
 
 class Restarts:
-    """Counts failures in a row at one place."""
+    """Starts what was lost at one place again, and counts failures in a row there."""
 
     def __init__(self, pauses: Sequence[float] = LOCAL_PAUSES) -> None:
         self._pauses = pauses
@@ -23,3 +32,15 @@ class Restarts:
         """Seconds to wait after an engine that ran for ``lived`` seconds, 0.0 if it did not start."""
         self._failures = 1 if lived >= STABLE_SECONDS else self._failures + 1
         return self._pauses[min(self._failures, len(self._pauses)) - 1]
+
+    async def start_again(self, name: str, start: Callable[[], Awaitable[_T]], lived: float) -> _T:
+        """What ``start`` returns when it succeeds, after a `pause` before each try."""
+        while True:
+            await asyncio.sleep(self.pause(lived))
+            try:
+                return await start()
+            except Exception as error:
+                if not isinstance(error, TinkerError):
+                    log.exception("%s failed", name)
+                log.error("%s does not start: %s", name, error)
+                lived = 0.0

@@ -11,7 +11,6 @@ from typing import Protocol
 
 import attrs
 
-from tinker_core.errors import TinkerError
 from tinker_sampler_vllm.protocol import EngineSettings
 from tinker_sampler_vllm.restarts import Restarts
 
@@ -94,16 +93,4 @@ async def keep_running(start: StartEngine, ready: str, restarts: Restarts) -> No
             raise
         log.error("the engine ended with exit status %d; it is started again", status)
         await engine.kill()
-        engine = await _start_again(start, restarts, lived=loop.time() - since)
-
-
-async def _start_again(start: StartEngine, restarts: Restarts, lived: float) -> RunningEngine:
-    while True:
-        await asyncio.sleep(restarts.pause(lived))
-        try:
-            return await start()
-        except Exception as error:
-            if not isinstance(error, TinkerError):
-                log.exception("the engine failed")
-            log.error("the engine does not start: %s", error)
-            lived = 0.0
+        engine = await restarts.start_again("the engine", start, lived=loop.time() - since)
