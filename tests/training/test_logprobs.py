@@ -14,6 +14,7 @@ from tinker_core.training.adapters import AdapterGradient, AdapterLayout, Adapte
 from tinker_core.training.logprobs import HeadDatum, HeadResult, LossHead
 from tinker_core.training.lora import add_lora
 from tinker_core.training.losses import BUILT_IN_LOSSES
+from tinker_core.training.vocabulary import WholeVocabulary
 from tinker_core.types import LoraConfig
 
 LOSSES = {loss.name: loss for loss in BUILT_IN_LOSSES}
@@ -25,12 +26,14 @@ class Projection:
     """Counts the rows of logits that are asked for."""
 
     name = NAME
+    weight_gradient = None
+    vocabulary = WholeVocabulary(VOCAB)
 
     def __init__(self) -> None:
         self.weight = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
         self.rows: list[int] = []
 
-    def logits(self, hidden: torch.Tensor, segments: tuple[Segment, ...]) -> torch.Tensor:
+    def partial_logits(self, hidden: torch.Tensor, segments: tuple[Segment, ...]) -> torch.Tensor:
         self.rows.append(hidden.shape[0])
         logits = functional.linear(hidden, self.weight)
         add_lora(logits, hidden, NAME, segments)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.server.test_doctor import unused_port
-from tinker_core.engine.workers import check_sampler
+from tinker_core.engine.workers import check_plugins
 from tinker_core.errors import ConfigurationError
 from tinker_core.plugins import Plugins
 from tinker_core.testing.fakes import FAKE_PLUGIN
@@ -31,7 +31,7 @@ def parse(*flags: str) -> ServerConfig:
 
 def check(*flags: str, device: str = "cpu") -> None:
     plugins = Plugins.load("core", FAKE_PLUGIN, "vllm")
-    check_sampler(parse(*flags).engine_config(plugins=("*",), device=device), plugins)
+    check_plugins(parse(*flags).engine_config(plugins=("*",), device=device), plugins)
 
 
 def refusal(*flags: str, device: str = "cpu") -> str:

@@ -8,12 +8,12 @@ import torch
 
 from tinker_backend_fsdp.loading import LoadedModel
 from tinker_backend_fsdp.root import CausalRoot
-from tinker_backend_fsdp.state import ModelTable
-from tinker_backend_fsdp.world import World
 from tinker_core.errors import CheckpointMismatchError, TinkerError, UnsupportedFeatureError
 from tinker_core.training.adapters import AdapterLayout, AdapterWeights
 from tinker_core.training.peft_format import read_manifest, read_weights, write_manifest, write_weights
+from tinker_core.training.state import ModelTable
 from tinker_core.training.targets import select_linears
+from tinker_core.training.world import World
 from tinker_core.types import CheckpointManifest, CheckpointType, TrainerCapabilities, Transport, WeightsRef
 
 _ANY_RANK = 1 << 20

@@ -12,11 +12,11 @@ from transformers.utils import logging as transformers_logging
 
 from tinker_backend_fsdp.attention import ATTENTION_NAME, register_attention
 from tinker_backend_fsdp.root import CausalRoot
-from tinker_backend_fsdp.world import World
 from tinker_core.errors import ConfigurationError
 from tinker_core.lora_targets import ALL_TARGETS
 from tinker_core.training.adapters import LinearSpec
 from tinker_core.training.lora import LoraContext, install_lora
+from tinker_core.training.world import World
 
 SUPPORTED_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Values of ``model_type`` in ``config.json`` that this trainer can load."""

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import nn
 
-from tinker_backend_fsdp.attention import AttentionPlan
 from tinker_core.training.adapters import Segment
+from tinker_core.training.attention import AttentionPlan
 from tinker_core.training.lora import LoraContext, add_lora
+from tinker_core.training.vocabulary import WholeVocabulary
 
 R = TypeVar("R")
 
@@ -27,6 +28,8 @@ class Unembed:
         self._linear = linear
         self.name = name
         """Qualified name of the linear, the key of its LoRA views."""
+        self.vocabulary = WholeVocabulary(linear.out_features)
+        self.weight_gradient = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -44,6 +47,10 @@ class Unembed:
         logits = F.linear(hidden_NH, self.weight, self.bias)
         add_lora(logits, hidden_NH, self.name, segments_N)
         return logits
+
+    def partial_logits(self, hidden_NH: torch.Tensor, segments_N: tuple[Segment, ...]) -> torch.Tensor:
+        """All logits: every rank has the whole vocabulary."""
+        return self.logits(hidden_NH, segments_N)
 
 
 class CausalRoot(nn.Module):

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from functools import partial
 from pathlib import Path
 
-from tinker_backend_fsdp.determinism import make_deterministic
 from tinker_backend_fsdp.handle import FsdpModelHandle
-from tinker_backend_fsdp.host_copies import HostCopies
 from tinker_backend_fsdp.loading import load_model
-from tinker_backend_fsdp.micro_batch import PassRequest
-from tinker_backend_fsdp.passes import PassRunner
-from tinker_backend_fsdp.state import ModelState, ModelTable
-from tinker_backend_fsdp.world import World
+from tinker_backend_fsdp.packed import FsdpPackedModel
 from tinker_core.errors import ConfigurationError, TinkerError, UserError
 from tinker_core.executors.rank_loop import describe_error
 from tinker_core.interfaces import RankContext, StateWriter, TrainerParts
 from tinker_core.optimizer_families import check_step_family, require_family
 from tinker_core.training.adapters import AdapterLayout
+from tinker_core.training.determinism import make_deterministic
 from tinker_core.training.graphs.loss import custom_loss_plugin
+from tinker_core.training.host_copies import HostCopies
+from tinker_core.training.micro_batch import PassRequest
+from tinker_core.training.passes import PassRunner
+from tinker_core.training.state import ModelState, ModelTable
 from tinker_core.training.targets import select_linears
 from tinker_core.training.validation import PassLimits, check_pass
+from tinker_core.training.world import World
 from tinker_core.types import (
     CUSTOM_LOSS,
     CheckpointType,
@@ -53,7 +55,7 @@ class FsdpTrainer:
         self._models = ModelTable(context.max_models)
         self._copies = HostCopies()
         self._runner = PassRunner(
-            root=self._loaded.root,
+            model=FsdpPackedModel(root=self._loaded.root, world=self._world),
             world=self._world,
             budget=context.micro_batch_tokens,
             one_by_one=context.deterministic,
@@ -85,7 +87,8 @@ class FsdpTrainer:
         require_family(model.optimizer_config.type, tuple(self._parts.optimizers))
         optimizer = self._parts.optimizers[model.optimizer_config.type]
         layout = AdapterLayout(linears, model.lora_config)
-        state = ModelState(model, layout, optimizer, dtype=self._loaded.dtype, device=self._world.device)
+        build = partial(optimizer.build, model.optimizer_config.settings)
+        state = ModelState(model, layout, build, dtype=self._loaded.dtype, device=self._world.device)
         self._models.add(state)
 
     def forward_backward(self, batch: PreparedModelPassBatch) -> Generator[None, None, tuple[ModelPassResult, ...]]:

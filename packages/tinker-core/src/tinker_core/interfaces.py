@@ -259,6 +259,9 @@ class TrainerPlugin:
     count_tokens: Callable[[ModelInputChunk], int] = count_text_tokens
     """Runs in the server process: must stay light."""
     options: tuple[Option, ...] = ()
+    choose_ranks: Callable[[int, Mapping[str, OptionValue]], int] | None = None
+    """Takes ``--num-ranks`` and option values, and gives the number of ranks to start; raises `ConfigurationError` for
+    numbers that do not go together. Runs in the server process: must stay light. None: as many as asked for."""
 
 
 @attrs.frozen(kw_only=True)
@@ -382,6 +385,10 @@ class OptimizerPlugin:
     build: Callable[[Mapping[str, SettingValue]], FlatOptimizer]
     """Takes `OptimizerConfig.settings`; raises `InvalidRequestError` for what it cannot honour. Each step brings the
     family's own parameters as ``optimizer_params``; `tinker_core.optimizer_families.read_numbers` checks either."""
+    build_sharded: Callable[[Mapping[str, SettingValue], Callable[[torch.Tensor], float]], FlatOptimizer] | None = None
+    """As ``build``, for rows of which every rank holds a part and steps it alone: the second argument gives the norm of
+    a whole row, and all ranks must call it the same number of times. None: trainers that shard rows refuse the family.
+    """
 
 
 @attrs.frozen(kw_only=True)

@@ -42,8 +42,15 @@ def sampler_plugin(spec: BaseModelSpec, config: EngineConfig, plugins: Plugins) 
     return samplers[config.sampler]
 
 
-def check_sampler(config: EngineConfig, plugins: Plugins) -> None:
-    """Ask the chosen sampler, before anything is started, whether it could start; raises `ConfigurationError`."""
+def choose_ranks(config: EngineConfig, plugins: Plugins) -> int:
+    """The worker processes of each base model; raises `ConfigurationError`."""
+    plugin = trainer_plugin(config, plugins)
+    return config.num_ranks if plugin.choose_ranks is None else plugin.choose_ranks(config.num_ranks, config.options)
+
+
+def check_plugins(config: EngineConfig, plugins: Plugins) -> None:
+    """Ask trainer and sampler, before anything is started, whether they could start; raises `ConfigurationError`."""
+    choose_ranks(config, plugins)
     for spec in config.base_models:
         plugin = sampler_plugin(spec, config, plugins)
         if plugin is not None and plugin.check is not None:
@@ -78,7 +85,7 @@ class Workers:
             if beside is not None and not spec.trainable:
                 group = NoTrainer(spec, (await beside).capabilities())
             else:
-                group = await executors[config.executor].start(_group_spec(spec, config, in_rank))
+                group = await executors[config.executor].start(_group_spec(spec, config, in_rank, plugins))
             try:
                 workers = cls(group=group, capabilities=await group.call("capabilities"))
                 if in_rank is not None:
@@ -115,13 +122,13 @@ async def _starting(own: OwnSampler | None, config: EngineConfig) -> AsyncIterat
         await asyncio.gather(task, return_exceptions=True)
 
 
-def _group_spec(spec: BaseModelSpec, config: EngineConfig, sampler: str | None) -> WorkerGroupSpec:
+def _group_spec(spec: BaseModelSpec, config: EngineConfig, sampler: str | None, plugins: Plugins) -> WorkerGroupSpec:
     return WorkerGroupSpec(
         base_model=spec,
         trainer=config.backend,
         sampler=sampler,
         plugins=config.plugins,
-        num_ranks=config.num_ranks,
+        num_ranks=choose_ranks(config, plugins),
         device=config.device,
         dtype=config.dtype,
         micro_batch_tokens=config.micro_batch_tokens,

@@ -13,6 +13,7 @@ import math
 import attrs
 import torch
 
+from tinker_core.training.host_copies import HostCopies
 from tinker_core.types import LoraConfig
 
 
@@ -40,6 +41,19 @@ class AdapterLayout:
             self._offsets[linear.name] = (offset, start_b)
             offset = start_b + self.rank * linear.out_features
         self.size = offset
+
+    @property
+    def whole(self) -> AdapterLayout:
+        """Where everything lies in a row that no rank shares with others: the layout of checkpoints."""
+        return self
+
+    def collect(self, row: torch.Tensor, copies: HostCopies) -> torch.Tensor | None:
+        """A copy in host memory of a row of `whole`. A layout of which ranks hold parts gives it to rank 0 only."""
+        return copies.copy(row)
+
+    def cut(self, row: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a row of `whole`."""
+        return row
 
     def views(self, row: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """(A, B) of every module as views of ``row`` ``[size]``."""
@@ -77,6 +91,7 @@ class AdapterGradient:
     """Where the backward pass of one request adds an adapter's gradient: a float32 row."""
 
     def __init__(self, layout: AdapterLayout, row: torch.Tensor) -> None:
+        self.layout = layout
         self.row = row
         self.views = layout.views(row)
 

@@ -4,9 +4,11 @@ Logits of all tokens never exist at once.  A per-token loss turns each chunk's l
 states while they are there (two matrix products per token); any other loss sees all logprobs of its datum first, and
 the logits of its tokens are computed a second time.  Positions whose gradient is exactly zero cost no backward product.
 
-The base projection is frozen; gradients of a LoRA on it go to each segment's own row.
+Gradients of a LoRA on the base projection go to each segment's own row, those of the projection itself, unless it is
+frozen, to its own.  Ranks that share the vocabulary compute a part of the logits each and run the same loss code on the
+same logprobs; the gradient of the hidden states is then a part too, to be added up over them.
 
-Shapes: T packed tokens, N target cells, n rows of a chunk, V vocabulary, H hidden size.
+Shapes: T packed tokens, N target cells, n rows of a chunk, v vocabulary (of this rank), H hidden size.
 """
 
 from __future__ import annotations
@@ -22,24 +24,33 @@ from tinker_core.interfaces import LossPlugin
 from tinker_core.training.adapters import Segment
 from tinker_core.training.cells import TARGETS
 from tinker_core.training.lora import add_lora_gradient
+from tinker_core.training.vocabulary import Vocabulary
 
 _CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
 """Size of one chunk of float32 logits: small enough for caches and laptops, large enough to keep a GPU busy."""
 
 
 class Projection(Protocol):
-    """The output projection of a model, valid while its root's forward runs."""
+    """The output projection of a model, or this rank's rows of it; valid while its root's forward runs."""
 
     @property
     def weight(self) -> torch.Tensor:
-        """``[V, H]``."""
+        """``[v, H]``."""
+
+    @property
+    def weight_gradient(self) -> torch.Tensor | None:
+        """Where the gradient of the weight itself is added, float32 ``[v, H]``; None while it is frozen."""
 
     @property
     def name(self) -> str:
         """Key of its LoRA views."""
 
-    def logits(self, hidden_NH: torch.Tensor, segments_N: tuple[Segment, ...]) -> torch.Tensor:
-        """``[n, V]`` in compute type, LoRA included."""
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens of its rows."""
+
+    def partial_logits(self, hidden_NH: torch.Tensor, segments_N: tuple[Segment, ...]) -> torch.Tensor:
+        """``[n, v]`` in compute type, LoRA included, without autograd."""
 
 
 class CellContext:
@@ -168,7 +179,8 @@ class _Run:
         self.done = [False] * len(self.data)
         """Which losses of whole data were computed together with the logits."""
         limit = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cpu"])
-        self.chunk = head._chunk_rows or max(1, limit // (4 * projection.weight.shape[0]))
+        self.vocabulary = projection.vocabulary
+        self.chunk = head._chunk_rows or max(1, limit // (4 * self.vocabulary.width))
 
     def all_chunks(self) -> None:
         """Logprobs of all cells, and the gradient of per-token losses."""
@@ -179,15 +191,15 @@ class _Run:
             if low == high:
                 continue
             logits = self._logits(start, end)
-            self.normalizers[start:end] = torch.logsumexp(logits, -1)
             rows, targets = self.rows[low:high], self.targets[low:high]
-            self.logprobs[low:high] = logits[rows - start, targets] - self.normalizers[rows]
+            self.normalizers[start:end], found = self.vocabulary.normalize(logits, rows - start, targets)
+            self.logprobs[low:high] = found - self.normalizers[rows]
             slopes = self._slopes_of_chunk(low, high)
             if slopes is not None:
                 self._backward(logits, start, rows, targets, slopes)
 
     def _logits(self, start: int, end: int) -> torch.Tensor:
-        logits = self.projection.logits(self.hidden[start:end], clip_segments(self.segments, start, end))
+        logits = self.projection.partial_logits(self.hidden[start:end], clip_segments(self.segments, start, end))
         return logits.float()
 
     def _slopes_of_chunk(self, low: int, high: int) -> torch.Tensor | None:
@@ -265,8 +277,10 @@ class _Run:
         places = torch.searchsorted(active, rows)
         totals = torch.zeros(logits.shape[0], device=logits.device).index_add_(0, places, slopes)
         grad_logits = logits.sub_(self.normalizers[active][:, None]).exp_().mul_(-totals[:, None])
-        grad_logits.view(-1).index_add_(0, places * logits.shape[1] + targets, slopes)
+        self.vocabulary.add_targets(grad_logits, places, targets, slopes)
         grad_logits = grad_logits.to(hidden.dtype)
+        if self.projection.weight_gradient is not None:
+            self.projection.weight_gradient.add_(grad_logits.t() @ hidden)
         grad = grad_logits @ self.projection.weight
         downs = [_down(segment, self.projection.name, hidden) for segment in segments]
         add_lora_gradient(grad_logits, hidden, grad, self.projection.name, segments, downs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -18,14 +18,16 @@ _ROWS = ("exp_avg", "exp_avg_sq")
 class AdamW:
     """Decoupled weight decay, bias correction and global-norm clipping exactly as in torch."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: Callable[[torch.Tensor], float] | None = None) -> None:
+        """``norm`` gives the norm of the whole gradient where a rank holds a part of it."""
+        self._norm = norm or _norm
         self._rows: dict[str, torch.Tensor] = {}
         self._num_steps = 0
 
     def step(self, weights: torch.Tensor, gradient: torch.Tensor, step: PreparedOptimStep) -> dict[str, float]:
         """Update ``weights`` in place; reports ``grad_norm``, the gradient's norm before clipping."""
         params = _checked(step)
-        norm = float(torch.linalg.vector_norm(gradient))
+        norm = self._norm(gradient)
         # The formula of torch.nn.utils.clip_grad_norm_.
         factor = params.grad_clip_norm / (norm + 1e-6)
         if params.grad_clip_norm > 0 and factor < 1:
@@ -90,13 +92,17 @@ def _checked(step: PreparedOptimStep) -> AdamParams:
     return params
 
 
-def _build(settings: Mapping[str, SettingValue]) -> FlatOptimizer:
+def _norm(gradient: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(gradient))
+
+
+def _build(settings: Mapping[str, SettingValue], norm: Callable[[torch.Tensor], float] | None = None) -> FlatOptimizer:
     if any(settings.values()):
         raise InvalidRequestError(
             f"optimizer_config of adamw takes no settings, got {', '.join(sorted(settings))}; send them with each step"
         )
-    return AdamW()
+    return AdamW(norm)
 
 
-ADAMW = OptimizerPlugin(name=ADAMW_FAMILY, build=_build)
+ADAMW = OptimizerPlugin(name=ADAMW_FAMILY, build=_build, build_sharded=_build)
 """The optimizer family ``adamw``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from tinker_core.engine.workers import check_sampler
+from tinker_core.engine.workers import check_plugins
 from tinker_core.logs import LOG_FORMAT_VARIABLE, configure_logging
 from tinker_core.plugins import Plugins
 from tinker_server.arguments import parse_arguments
@@ -25,7 +25,7 @@ def run_serve(arguments: Sequence[str], supervision: Supervision) -> int:
     configure_logging(config.log_format)
     os.environ[LOG_FORMAT_VARIABLE] = config.log_format  # for whatever processes a plugin starts
     engine_config = config.engine_config(plugins=names, device=choose_device(config.device, os.environ))
-    check_sampler(engine_config, plugins)
+    check_plugins(engine_config, plugins)
     from tinker_server.serving import serve
 
     return serve(config, engine_config, plugins, supervision)

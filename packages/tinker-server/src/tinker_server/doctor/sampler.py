@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tinker_core.engine import EngineConfig
-from tinker_core.engine.workers import check_sampler, sampler_plugin
+from tinker_core.engine.workers import check_plugins, sampler_plugin
 from tinker_core.errors import ConfigurationError
 from tinker_core.plugins import Plugins
 from tinker_core.types import Placement
@@ -24,7 +24,7 @@ _IN_MEMORY = ("tmpfs", "ramfs")
 def check_chosen_sampler(config: EngineConfig, plugins: Plugins) -> Iterator[Finding]:
     """Whether the sampler could start; nothing when there is none."""
     try:
-        check_sampler(config, plugins)
+        check_plugins(config, plugins)
     except ConfigurationError as error:
         yield fail("sampler", str(error), "mend what it names, or choose another --sampler")
         return

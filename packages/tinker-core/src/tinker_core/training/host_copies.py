@@ -19,14 +19,15 @@ class HostCopies:
 
     def copy(self, row: torch.Tensor) -> torch.Tensor:
         """A float32 row on the CPU with the values of this moment."""
-        return self._buffer(row).copy_(row.detach())
+        return self.room(row.numel(), pinned=row.is_cuda).copy_(row.detach())
 
-    def _buffer(self, row: torch.Tensor) -> torch.Tensor:
+    def room(self, size: int, *, pinned: bool) -> torch.Tensor:
+        """Memory for a float32 row on the CPU; what is in it is not defined."""
         with self._lock:
             for place, buffer in enumerate(self._free):
-                if buffer.shape == row.shape:
+                if buffer.numel() == size:
                     return self._free.pop(place)
-        return torch.empty(row.shape, dtype=torch.float32, pin_memory=row.is_cuda)
+        return torch.empty(size, dtype=torch.float32, pin_memory=pinned)
 
     def release(self, copies: Sequence[torch.Tensor]) -> None:
         """Give the copies of one state up, which nobody reads any more; from any thread."""

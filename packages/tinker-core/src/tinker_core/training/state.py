@@ -1,17 +1,18 @@
-"""What a rank keeps of each model: rows. All ranks hold the same ones."""
+"""What a rank keeps of each model: rows. All ranks hold the same ones, or each its own part of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
 import torch
 
-from tinker_backend_fsdp.host_copies import HostCopies
 from tinker_core.errors import CapacityError, CheckpointMismatchError, InvalidRequestError, UnknownModelError
-from tinker_core.interfaces import FlatOptimizer, OptimizerPlugin, StateWriter
+from tinker_core.interfaces import FlatOptimizer, StateWriter
 from tinker_core.lora_targets import target_names
-from tinker_core.training.adapters import AdapterLayout, AdapterWeights
+from tinker_core.training.adapters import AdapterGradient, AdapterLayout, AdapterWeights
+from tinker_core.training.host_copies import HostCopies
 from tinker_core.training.peft_format import (
     read_gradient,
     read_manifest,
@@ -41,7 +42,7 @@ class ModelState:
         self,
         model: PreparedModel,
         layout: AdapterLayout,
-        optimizer: OptimizerPlugin,
+        build_optimizer: Callable[[], FlatOptimizer],
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -50,10 +51,10 @@ class ModelState:
         self.layout = layout
         self.gradient: torch.Tensor | None = None
         """Float32 row; None while nothing is accumulated, which means zero."""
-        self._plugin = optimizer
+        self._build_optimizer = build_optimizer
         self._dtype = dtype
         self._device = device
-        self.optimizer: FlatOptimizer = optimizer.build(model.optimizer_config.settings)
+        self.optimizer = build_optimizer()
         assert model.lora_config.seed is not None
         self.row = layout.initial_row(model.lora_config.seed).to(device)
         self.weights = self._compute_copy()
@@ -65,6 +66,10 @@ class ModelState:
     def _compute_copy(self) -> AdapterWeights:
         # In float32 this is the row itself: passes only read it, and never while it changes.
         return AdapterWeights(self.layout, self.row.to(self._dtype))
+
+    def new_gradient(self) -> AdapterGradient:
+        """Zeros, for a pass to add to."""
+        return AdapterGradient(self.layout, torch.zeros_like(self.row))
 
     def accumulate(self, gradient: torch.Tensor) -> None:
         """Add a pass's gradient; takes ownership of the row."""
@@ -92,13 +97,20 @@ class ModelState:
         )
 
     def capture(self, base_model: str, kind: CheckpointType, parts: SnapshotParts, copies: HostCopies) -> StateWriter:
-        """Copy what a checkpoint of a kind holds into host memory; the result writes it."""
-        layout, manifest = self.layout, self.manifest(kind, base_model)
-        row = copies.copy(self.row)
-        moments = {name: copies.copy(one) for name, one in self.optimizer.state().items()} if parts.optimizer else {}
-        gradient = copies.copy(self.gradient) if parts.gradient and self.gradient is not None else None
+        """Copy what a checkpoint of a kind holds into host memory; the result writes it, in rank 0."""
+        layout, manifest = self.layout.whole, self.manifest(kind, base_model)
+        row = self.layout.collect(self.row, copies)
+        moments: dict[str, torch.Tensor] = {}
+        if parts.optimizer:
+            for name, one in self.optimizer.state().items():
+                found = self.layout.collect(one, copies)
+                moments |= {} if found is None else {name: found}
+        wanted = parts.gradient and self.gradient is not None
+        gradient = self.layout.collect(self.gradient, copies) if wanted and self.gradient is not None else None
 
         def write(directory: str) -> None:
+            if row is None:
+                return  # rank 0 has it all
             target = Path(directory)
             try:
                 write_weights(target, layout, row, manifest)
@@ -116,15 +128,17 @@ class ModelState:
         """Read and check a checkpoint for this model; changes nothing. Raises `UserError` or `StorageError`."""
         manifest = read_manifest(directory)
         self._check(manifest, base_model, parts)
-        row = read_weights(directory, self.layout).to(self._device)
-        optimizer = self._plugin.build(self.model.optimizer_config.settings)
+        whole = self.layout.whole
+        row = self._take_in(read_weights(directory, whole))
+        optimizer = self._build_optimizer()
         if parts.optimizer:
-            rows = {name: saved.to(self._device) for name, saved in read_optimizer(directory, self.layout).items()}
+            rows = {name: self._take_in(saved) for name, saved in read_optimizer(directory, whole).items()}
             optimizer.load(rows, manifest.optimizer_steps)
-        gradient = read_gradient(directory, self.layout) if parts.gradient else None
-        return SavedState(
-            row=row, optimizer=optimizer, gradient=None if gradient is None else gradient.to(self._device)
-        )
+        gradient = read_gradient(directory, whole) if parts.gradient else None
+        return SavedState(row=row, optimizer=optimizer, gradient=None if gradient is None else self._take_in(gradient))
+
+    def _take_in(self, row: torch.Tensor) -> torch.Tensor:
+        return self.layout.cut(row).to(self._device)
 
     def take(self, saved: SavedState) -> None:
         """Become what was read."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
 from tinker_core.errors import ConfigurationError, StorageError, TinkerError
 from tinker_core.interfaces import RankContext
+from tinker_core.training.adapters import AdapterGradient
 
 _TEXT_BYTES = 4096
 
@@ -17,7 +20,7 @@ class World:
     def __init__(self, context: RankContext) -> None:
         self.rank = context.rank
         self.size = context.world_size
-        self.device = _device(context)
+        self.device = choose_device(context)
         if self.size > 1:
             dist.init_process_group(
                 "nccl" if self.device.type == "cuda" else "gloo",
@@ -26,10 +29,28 @@ class World:
                 world_size=self.size,
             )
 
+    @property
+    def data_rank(self) -> int:
+        """Which of each micro-pass's bins this rank computes."""
+        return self.rank
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Bins of a micro-pass: ranks that compute different data at the same time."""
+        return self.size
+
     def sum(self, tensor: torch.Tensor) -> None:
         """Replace a tensor by its sum over all ranks, bit-identical in all of them."""
         if self.size > 1:
             dist.all_reduce(tensor)
+
+    def sum_gradient(self, gradient: AdapterGradient) -> None:
+        """Replace a gradient, of which each rank has computed a part, by the whole."""
+        self.sum(gradient.row)
+
+    def all_true(self, flags: Sequence[bool]) -> list[bool]:
+        """Which of some flags are true in all ranks. Here a rank's own: what ranks judge is the same in all of them."""
+        return list(flags)
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's value of a tensor of equal shape in all ranks."""
@@ -70,7 +91,8 @@ class World:
             dist.destroy_process_group()
 
 
-def _device(context: RankContext) -> torch.device:
+def choose_device(context: RankContext) -> torch.device:
+    """The device of this rank; raises `ConfigurationError` for one that is not there."""
     if context.device == "cpu":
         return torch.device("cpu")
     if context.device != "cuda":

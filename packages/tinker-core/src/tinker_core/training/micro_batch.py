@@ -8,14 +8,14 @@ import attrs
 import numpy as np
 import torch
 
-from tinker_backend_fsdp.attention import PackedPlan
-from tinker_backend_fsdp.state import ModelState
 from tinker_core.interfaces import LossPlugin
 from tinker_core.training.adapters import AdapterGradient, Segment
+from tinker_core.training.attention import PackedPlan
 from tinker_core.training.cells import TARGETS, TargetCells, target_cells
 from tinker_core.training.graphs.loss import custom_cells
 from tinker_core.training.logprobs import HeadDatum
 from tinker_core.training.packing import Bin, pack
+from tinker_core.training.state import ModelState
 from tinker_core.training.validation import effective_config, loss_inputs
 from tinker_core.types import CUSTOM_LOSS, Datum, PreparedModelPass, TensorData
 
@@ -101,20 +101,41 @@ class PassLayout:
         """Whether any rank computes a gradient in a micro-pass; then all of them run backward."""
         return any(not self.requests[self.items[index].owner].request.forward_only for one in bins for index in one)
 
-    def micro_batch(self, bin_: Bin, gradients: Sequence[AdapterGradient | None], device: torch.device) -> MicroBatch:
-        """The input of one rank; a bin without items becomes one token that adds nothing."""
+    def length(self, bin_: Bin) -> int:
+        """Tokens of a micro-batch; without items there is one all the same."""
+        return max(1, sum(self.items[index].tokens.size for index in bin_))
+
+    def micro_batch(
+        self,
+        bin_: Bin,
+        gradients: Sequence[AdapterGradient | None],
+        device: torch.device,
+        *,
+        length: int | None = None,
+    ) -> MicroBatch:
+        """The input of one rank, filled up to ``length`` with tokens that add nothing.
+
+        A bin without items becomes one such token.
+        """
         items = tuple(self.items[index] for index in bin_)
-        if not items:
-            return _dummy(device)
         lengths = [int(item.tokens.size) for item in items]
         starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
-        ids = torch.from_numpy(np.concatenate([item.tokens for item in items]).astype(np.int64))
-        positions = torch.from_numpy(np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]))
+        segments = self._segments(items, starts, gradients)
+        padding = (length or self.length(bin_)) - sum(lengths)
+        if padding:
+            lengths.append(padding)
+        if not items:
+            # A segment, though empty of weights, keeps the linears on the path that calls backward.
+            segments = (Segment(start=0, end=padding, weights=None),)
+        ids = np.zeros(sum(lengths), dtype=np.int64)
+        if items:
+            ids[: starts[-1]] = np.concatenate([item.tokens for item in items])
+        positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
         return MicroBatch(
-            input_ids=ids.to(device)[None],
-            position_ids=positions.to(device)[None],
+            input_ids=torch.from_numpy(ids).to(device)[None],
+            position_ids=torch.from_numpy(positions).to(device)[None],
             plan=PackedPlan(lengths),
-            segments=self._segments(items, starts, gradients),
+            segments=segments,
             head_data=tuple(self._head_datum(item, start, device) for item, start in zip(items, starts, strict=False)),
             items=items,
         )
@@ -148,12 +169,3 @@ class PassLayout:
 def _tensor(values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> torch.Tensor:
     # Arrays that came over a process border are read-only views, which torch will not wrap.
     return torch.from_numpy(values if values.flags.writeable else values.copy())
-
-
-def _dummy(device: torch.device) -> MicroBatch:
-    zeros = torch.zeros((1, 1), dtype=torch.int64, device=device)
-    # A segment, though empty of weights, keeps the linears on the path that calls backward.
-    segment = Segment(start=0, end=1, weights=None)
-    return MicroBatch(
-        input_ids=zeros, position_ids=zeros, plan=PackedPlan([1]), segments=(segment,), head_data=(), items=()
-    )

@@ -1,0 +1,223 @@
+"""Which part of which Hugging Face tensor a rank's parameters are made of, in both directions.
+
+A parameter of Megatron-Core holds one or several pieces: query, key and value in one, gate and up in one.  A piece is a
+range of one axis of a Hugging Face tensor, and a view of the parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import attrs
+import torch
+
+from tinker_backend_megatron.architecture import Architecture
+from tinker_backend_megatron.fused_lora import LoraPart, Section
+from tinker_backend_megatron.rows import LinearShard
+from tinker_backend_megatron.topology import Place, Topology
+from tinker_core.training.adapters import LinearSpec
+
+
+@attrs.frozen(kw_only=True)
+class Piece:
+    """A part of a Hugging Face tensor that lies in a parameter of this rank."""
+
+    name: str
+    """The Hugging Face tensor."""
+    shape: tuple[int, ...]
+    """Its whole shape."""
+    axis: int = 0
+    start: int = 0
+    stop: int = 0
+    """Range of ``axis``."""
+    section: Section | None = None
+    """Where it lies in axis 0 of the parameter; None means that it is all of the parameter's beginning."""
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of the part."""
+        shape = list(self.shape)
+        shape[self.axis] = self.stop - self.start
+        return tuple(shape)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the whole tensor."""
+        return self.stop - self.start == self.shape[self.axis]
+
+    def view(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Its elements in a parameter; reshape it to `local_shape`."""
+        if self.section is None:
+            return parameter[: self.local_shape[0]]
+        return self.section.of(parameter, axis=0)
+
+    def put(self, parameter: torch.Tensor, values: torch.Tensor) -> None:
+        """Copy ``local_shape`` values into a parameter."""
+        view = self.view(parameter)
+        view.copy_(values.view(view.shape))
+
+    def take(self, parameter: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy ``local_shape``."""
+        return self.view(parameter).reshape(self.local_shape).clone()
+
+
+@attrs.frozen(kw_only=True)
+class ModelMap:
+    """A model's names and shapes in every rank of a world."""
+
+    architecture: Architecture
+    topology: Topology
+
+    # --- linears that adapters may change -----------------------------------------------------------------------------
+
+    def linears(self) -> tuple[LinearSpec, ...]:
+        """All of them whole, in the order of the Hugging Face model."""
+        model = self.architecture
+        found = [spec for layer in range(model.num_layers) for spec in self._layer_linears(layer)]
+        head = LinearSpec(name="lm_head", in_features=model.hidden_size, out_features=model.vocab_size)
+        return (*found, head)
+
+    def _layer_linears(self, layer: int) -> Iterator[LinearSpec]:
+        model = self.architecture
+        hidden, queries = model.hidden_size, model.num_heads * model.head_size
+        keys = model.num_kv_heads * model.head_size
+        attention, prefix = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
+        for name, size in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            yield LinearSpec(name=attention + name, in_features=hidden, out_features=size)
+        yield LinearSpec(name=attention + "o_proj", in_features=queries, out_features=hidden)
+        if model.experts is None:
+            yield from _feed_forward(prefix, hidden, model.ffn_size)
+            return
+        for expert in range(model.experts.count):
+            yield from _feed_forward(f"{prefix}experts.{expert}.", hidden, model.experts.ffn_size)
+
+    def shards_of(self, rank: int) -> tuple[LinearShard, ...]:
+        """The parts of all linears that a rank holds."""
+        place = self.topology.place(rank)
+        layers = self.topology.layers_of(place.pipeline, self.architecture.num_layers)
+        last = place.pipeline == self.topology.pipeline - 1
+        wanted = [spec for layer in layers for spec in self._layer_linears(layer)]
+        if last:
+            wanted.append(self.linears()[-1])
+        return tuple(shard for spec in wanted if (shard := self._shard(spec, place)) is not None)
+
+    def _shard(self, spec: LinearSpec, place: Place) -> LinearShard | None:
+        inputs, outputs = (0, spec.in_features), (0, spec.out_features)
+        kind = spec.name.rsplit(".", 1)[-1]
+        if ".experts." in spec.name:
+            expert = int(spec.name.split(".experts.")[1].split(".")[0])
+            mine = expert in self.experts_of(place)
+            return LinearShard(spec=spec, inputs=inputs, outputs=outputs, expert=True) if mine else None
+        if kind in ("o_proj", "down_proj"):
+            inputs = _share(spec.in_features, place.tensor, self.topology.tensor)
+        else:
+            outputs = _share(spec.out_features, place.tensor, self.topology.tensor)
+        return LinearShard(spec=spec, inputs=inputs, outputs=outputs)
+
+    def experts_of(self, place: Place) -> range:
+        """The experts of a rank."""
+        assert self.architecture.experts is not None
+        each = self.architecture.experts.count // self.topology.expert
+        return range(place.expert * each, (place.expert + 1) * each)
+
+    # --- fused linears ------------------------------------------------------------------------------------------------
+
+    def lora_parts(self, module_name: str, first_layer: int) -> tuple[LoraPart, ...]:
+        """The linears in a fused linear of Megatron-Core, by its qualified name in a rank's root."""
+        return tuple(
+            LoraPart(name=name, section=section) for name, section in self._fused(module_name, first_layer).items()
+        )
+
+    def _fused(self, module_name: str, first_layer: int) -> dict[str, Section]:
+        """Hugging Face name and place in the output of each linear in a fused one."""
+        words = module_name.split(".")
+        prefix = f"model.layers.{int(words[2]) + first_layer}."
+        model, tensor = self.architecture, self.topology.tensor
+        if words[-1] == "linear_qkv":
+            return self._fused_attention(prefix + "self_attn.")
+        if words[-1] == "linear_proj":
+            return {prefix + "self_attn.o_proj": _all(model.hidden_size)}
+        if words[-1] == "linear_fc2":
+            return {prefix + "mlp.down_proj": _all(model.hidden_size)}
+        assert words[-1] == "linear_fc1"
+        half = model.ffn_size // tensor
+        return {
+            prefix + "mlp.gate_proj": Section(groups=1, width=2 * half, start=0, stop=half),
+            prefix + "mlp.up_proj": Section(groups=1, width=2 * half, start=half, stop=2 * half),
+        }
+
+    def _fused_attention(self, prefix: str) -> dict[str, Section]:
+        model = self.architecture
+        size, queries = model.head_size, model.query_heads_per_group
+        groups, width = model.num_kv_heads // self.topology.tensor, (queries + 2) * size
+        ends = {"q_proj": (0, queries), "k_proj": (queries, queries + 1), "v_proj": (queries + 1, queries + 2)}
+        return {
+            prefix + name: Section(groups=groups, width=width, start=start * size, stop=stop * size)
+            for name, (start, stop) in ends.items()
+        }
+
+    # --- parameters ---------------------------------------------------------------------------------------------------
+
+    def pieces(self, parameter_name: str, first_layer: int, place: Place) -> tuple[Piece, ...]:
+        """What a parameter of a rank's root consists of."""
+        model = self.architecture
+        words = parameter_name.split(".")
+        vocabulary = (model.vocab_size, model.hidden_size)
+        if words[0] == "embedding":
+            return (self._rows("model.embed_tokens.weight", vocabulary, place),)
+        if words[0] == "output_layer":
+            name = "model.embed_tokens.weight" if model.ties_embeddings else "lm_head.weight"
+            return (self._rows(name, vocabulary, place),)
+        if words[1] == "final_layernorm":
+            return (_whole("model.norm.weight", (model.hidden_size,)),)
+        if "layernorm" in words[-2]:
+            return (self._norm(int(words[2]) + first_layer, words[-2]),)
+        return tuple(self._linear_pieces(".".join(words[:-1]), words[-1], first_layer, place))
+
+    def _norm(self, layer: int, name: str) -> Piece:
+        names = {
+            "input_layernorm": ("input_layernorm", self.architecture.hidden_size),
+            "pre_mlp_layernorm": ("post_attention_layernorm", self.architecture.hidden_size),
+            "q_layernorm": ("self_attn.q_norm", self.architecture.head_size),
+            "k_layernorm": ("self_attn.k_norm", self.architecture.head_size),
+        }
+        theirs, size = names[name]
+        return _whole(f"model.layers.{layer}.{theirs}.weight", (size,))
+
+    def _linear_pieces(self, module_name: str, kind: str, first_layer: int, place: Place) -> Iterator[Piece]:
+        layer = int(module_name.split(".")[2]) + first_layer
+        specs = {spec.name: spec for spec in self._layer_linears(layer)}
+        for name, section in self._fused(module_name, first_layer).items():
+            shard = self._shard(specs[name], place)
+            assert shard is not None
+            whole = (shard.spec.out_features, shard.spec.in_features)
+            start, stop = shard.inputs if shard.splits_inputs else shard.outputs
+            if kind == "bias":
+                yield Piece(name=f"{name}.bias", shape=whole[:1], start=start, stop=stop, section=section)
+                continue
+            axis = 1 if shard.splits_inputs else 0
+            yield Piece(name=f"{name}.weight", shape=whole, axis=axis, start=start, stop=stop, section=section)
+
+    def _rows(self, name: str, shape: tuple[int, int], place: Place) -> Piece:
+        start, stop = _share(shape[0], place.tensor, self.topology.tensor)
+        return Piece(name=name, shape=shape, start=start, stop=stop)
+
+
+def _feed_forward(prefix: str, hidden: int, size: int) -> Iterator[LinearSpec]:
+    yield LinearSpec(name=prefix + "gate_proj", in_features=hidden, out_features=size)
+    yield LinearSpec(name=prefix + "up_proj", in_features=hidden, out_features=size)
+    yield LinearSpec(name=prefix + "down_proj", in_features=size, out_features=hidden)
+
+
+def _all(size: int) -> Section:
+    return Section(groups=1, width=size, start=0, stop=size)
+
+
+def _whole(name: str, shape: tuple[int, ...]) -> Piece:
+    return Piece(name=name, shape=shape, stop=shape[0])
+
+
+def _share(size: int, index: int, count: int) -> tuple[int, int]:
+    """A rank's range of something; the last ranks have less when it cannot be divided evenly."""
+    each = -(-size // count)
+    return min(size, index * each), min(size, (index + 1) * each)
