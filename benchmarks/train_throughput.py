@@ -1,8 +1,10 @@
-"""Tokens per second of training: through the server with the SDK, beside a plain Hugging Face + PEFT loop.
+"""Tokens per second of training through the server with the SDK: of ``fsdp`` beside a plain Hugging Face + PEFT loop.
 
-Both train the same LoRA on SmolLM2-135M with the same data, type and number of threads, one step each in turns.  The
-loop pads each batch to its longest sequence; the server packs.  Lengths are lognormal (median 100, sigma 0.7, at most
-512), as instruction data is.  Useful tokens count, padding does not.
+With ``--backend megatron``, of that backend beside ``fsdp``: two servers, of one rank each.
+
+Both sides train the same LoRA on SmolLM2-135M with the same data, type and number of threads, one step each in turns.
+The plain loop pads each batch to its longest sequence; servers pack.  Lengths are lognormal (median 100, sigma 0.7, at
+most 512), as instruction data is.  Useful tokens count, padding does not.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import argparse
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import tinker
@@ -23,7 +27,10 @@ from support.server import running_server
 from tinker import types
 from transformers import AutoModelForCausalLM
 
-BATCH_SIZE, RANK, GOAL = 8, 32, 1.5
+BATCH_SIZE, RANK = 8, 32
+REFERENCES = {"fsdp": "peft", "megatron": "fsdp"}
+"""Beside what each backend is measured."""
+GOALS = {"fsdp": "; goal 1.5", "megatron": ""}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 
 
@@ -31,6 +38,10 @@ def batches(num: int, vocab_size: int) -> list[list[np.ndarray]]:
     rng = np.random.default_rng(0)
     lengths = np.minimum(512, np.exp(rng.normal(np.log(100), 0.7, size=(num, BATCH_SIZE)))).astype(int) + 1
     return [[rng.integers(3, vocab_size, size=length) for length in row] for row in lengths]
+
+
+class Loop(Protocol):
+    def step(self, batch: list[np.ndarray]) -> float: ...
 
 
 class ServerLoop:
@@ -79,13 +90,20 @@ class PeftLoop:
         return float(loss.item())
 
 
-def measure(dtype: str, device: str, steps: int, path: Path) -> dict[str, float]:
+def make_loop(name: str, dtype: str, device: str, path: Path, stack: ExitStack) -> Loop:
+    """The plain loop, or a backend behind a server of its own."""
+    if name == "peft":
+        return PeftLoop(path, device, dtype)
+    data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    flags = ("--backend", name, "--dtype", dtype, "--device", device)
+    return ServerLoop(stack.enter_context(running_server(path, data_dir, *flags, name="smollm2")))
+
+
+def measure(backend: str, dtype: str, device: str, steps: int, path: Path) -> dict[str, float]:
     data = batches(steps + 1, vocabulary_size(path))
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        running_server(path, Path(directory), "--dtype", dtype, "--device", device, name="smollm2") as url,
-    ):
-        loops = {"server": ServerLoop(url), "peft": PeftLoop(path, device, dtype)}
+    reference = REFERENCES[backend]
+    with ExitStack() as stack:
+        loops = {name: make_loop(name, dtype, device, path, stack) for name in (backend, reference)}
         seconds: dict[str, list[float]] = {name: [] for name in loops}
         first: dict[str, float] = {}
         for index, batch in enumerate(data):
@@ -96,31 +114,30 @@ def measure(dtype: str, device: str, steps: int, path: Path) -> dict[str, float]
                 if index > 0:  # the first step warms up
                     seconds[name].append(time.perf_counter() - start)
     tolerance = 1e-4 if dtype == "float32" else 1e-2
-    assert abs(first["server"] / first["peft"] - 1) < tolerance, f"the loops compute different losses: {first}"
+    assert abs(first[backend] / first[reference] - 1) < tolerance, f"the loops compute different losses: {first}"
     tokens = sum(len(row) - 1 for batch in data[1:] for row in batch)
     rates = {name: tokens / sum(values) for name, values in seconds.items()}
-    paired = [p / s for s, p in zip(seconds["server"], seconds["peft"], strict=True)]
+    ratio = rates[backend] / rates[reference]
+    paired = statistics.median(r / b for b, r in zip(seconds[backend], seconds[reference], strict=True))
     print(
-        f"{dtype:9} server {rates['server']:7.1f} tok/s   peft loop {rates['peft']:7.1f} tok/s   "
-        f"ratio {rates['server'] / rates['peft']:.2f} (per step, median {statistics.median(paired):.2f}; goal {GOAL})"
+        f"{dtype:9} {backend} {rates[backend]:7.1f} tok/s   {reference} {rates[reference]:7.1f} tok/s   "
+        f"ratio {ratio:.2f} (per step, median {paired:.2f}{GOALS[backend]})"
     )
-    return {
-        "server_tokens_per_second": round(rates["server"], 1),
-        "peft_tokens_per_second": round(rates["peft"], 1),
-        "ratio": round(rates["server"] / rates["peft"], 3),
-    }
+    return {**{f"{name}_tokens_per_second": round(rate, 1) for name, rate in rates.items()}, "ratio": round(ratio, 3)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", default="fsdp", choices=list(REFERENCES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--model", type=Path, help="directory of a model to measure instead of SmolLM2-135M")
     arguments = parser.parse_args()
-    path = smollm2()
+    path = arguments.model or smollm2()
     dtypes = arguments.dtype or ["float32", "bfloat16"]
-    results = {dtype: measure(dtype, arguments.device, arguments.steps, path) for dtype in dtypes}
-    report("train_throughput", arguments.device, {"model": "SmolLM2-135M", "batch_size": BATCH_SIZE, **results})
+    results = {dtype: measure(arguments.backend, dtype, arguments.device, arguments.steps, path) for dtype in dtypes}
+    report("train_throughput", arguments.device, {"model": path.name, "batch_size": BATCH_SIZE, **results})
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def flag_table(actions: list[argparse.Action]) -> list[str]:
 
 def cli_page() -> str:
     """All flags, those of the plugins in this repository too."""
-    parser = make_parser(Plugins.load("core", "fsdp", "vllm"))
+    parser = make_parser(Plugins.load("core", "fsdp", "megatron", "vllm"))
     lines = ["# tinker-server", "", str(parser.description), "", "```bash"]
     lines += [
         "tinker-server --backend fsdp --base-model NAME=PATH [--base-model ...] [flags]",

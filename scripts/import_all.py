@@ -13,6 +13,7 @@ import sys
 OPTIONAL = {
     "tinker_core.training": "torch",
     "tinker_core.testing": "pytest",
+    "tinker_core.sampling.colocated": "torch",
     "tinker_core.sampling.drawing": "torch",
     "tinker_core.sampling.scoring": "torch",
     "tinker_sampler_vllm.engine.cpu_lora": "torch",

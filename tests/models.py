@@ -9,7 +9,7 @@ import string
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["llama", "qwen2", "qwen3"]
+Kind = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
@@ -34,13 +34,23 @@ def write_tiny_model(
     num_layers: int = 2,
     vocab_size: int = VOCAB_SIZE,
     max_context: int = MAX_CONTEXT,
+    **changes: Any,
 ) -> Path:
-    """Write a random model of one architecture and return its directory; equal arguments give equal weights."""
+    """Write a random model of one architecture and return its directory; equal arguments give equal weights.
+
+    ``changes`` are further fields of its Hugging Face configuration.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     config = tiny_config(
-        kind, tie=tie, hidden_size=hidden_size, num_layers=num_layers, vocab_size=vocab_size, max_context=max_context
+        kind,
+        tie=tie,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        vocab_size=vocab_size,
+        max_context=max_context,
+        **changes,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -55,9 +65,18 @@ def write_tiny_model(
     return directory
 
 
-def tiny_config(kind: Kind, *, tie: bool, hidden_size: int, num_layers: int, vocab_size: int, max_context: int) -> Any:
+def tiny_config(
+    kind: Kind,
+    *,
+    tie: bool,
+    hidden_size: int,
+    num_layers: int,
+    vocab_size: int,
+    max_context: int,
+    **changes: Any,
+) -> Any:
     """The Hugging Face config of a tiny model with grouped-query attention."""
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -73,11 +92,14 @@ def tiny_config(kind: Kind, *, tie: bool, hidden_size: int, num_layers: int, voc
         "pad_token_id": PAD_ID,
         "bos_token_id": BOS_ID,
         "eos_token_id": EOS_ID,
-    }
+    } | changes
     if kind == "llama":
         return LlamaConfig(**common)
     if kind == "qwen2":
         return Qwen2Config(**common)
+    if kind == "qwen3_moe":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+        return Qwen3MoeConfig(**experts | common, moe_intermediate_size=hidden_size // 2, head_dim=hidden_size // 4)
     return Qwen3Config(**common, head_dim=hidden_size // 4)
 
 

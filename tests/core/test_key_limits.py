@@ -182,6 +182,8 @@ def test_models_and_ranks_are_bounded_and_ended_models_make_room() -> None:
         limited = caller(max_models=2, max_rank=8)
         with pytest.raises(KeyLimitError, match="rank 16 is above 8"):
             lab.limiter.claim_model(limited, "a", 16, ())
+        with pytest.raises(KeyLimitError, match="rank 0 means all parameters"):
+            lab.limiter.claim_model(limited, "a", 0, ())
         lab.limiter.claim_model(limited, "a", 8, ())
         lab.limiter.claim_model(limited, "b", 8, {"a"})
         lab.limiter.claim_model(caller("key-2", max_models=1), "c", 8, {"a", "b"})

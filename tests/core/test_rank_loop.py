@@ -163,6 +163,13 @@ def test_an_unexpected_exception_is_answered_and_the_loop_goes_on() -> None:
     assert events.seen[-1] == "result sample"
 
 
+def test_in_a_larger_world_an_unexpected_exception_ends_the_rank_and_blames_no_command() -> None:
+    run, events = loop(world_size=2)
+    with pytest.raises(AttributeError):
+        run.tick([Command(call_id=1, method="create", payload=None)])
+    assert events.seen == []
+
+
 def snapshot(directory: str, *, model: str = "a", background: bool = True) -> Command:
     call = StateCall(model_id=model, directory=directory, background=background)
     return Command(call_id=3, method="snapshot", payload=call)

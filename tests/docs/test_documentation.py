@@ -141,6 +141,6 @@ def resolves(name: str) -> bool:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_names_of_code_exist(page: Path) -> None:
-    names = set(re.findall(r"`@?(tinker_(?:core|server|backend_fsdp)\.[\w.]+)`", page.read_text()))
+    names = set(re.findall(r"`@?(tinker_(?:core|server|backend_fsdp|backend_megatron)\.[\w.]+)`", page.read_text()))
     names -= {"tinker_server.lora_alpha", "tinker_server.target_modules"}  # keys of user_metadata
     assert [name for name in sorted(names) if not resolves(name)] == []

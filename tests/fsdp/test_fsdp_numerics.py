@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from tests.fsdp import in_process as lib
 from tests.models import write_tiny_model
+from tests.peft_reference import formula, gradients_of, load_peft, reference_logprobs
 from tinker_backend_fsdp.trainer import FsdpTrainer
 from tinker_core.types import Datum, PreparedModelPass, SnapshotParts, TensorData, TensorDType
 
@@ -36,7 +35,7 @@ def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @attrs.frozen
 class Pair:
     trainer: FsdpTrainer
-    reference: torch.nn.Module
+    reference: PeftModel
 
 
 @pytest.fixture(scope="module")
@@ -49,48 +48,8 @@ def pair(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         lib.step(trainer, "m", learning_rate=0.02)
     exported = tmp_path_factory.mktemp("export")
     trainer.capture_weights("m")(str(exported))
-    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    with warnings.catch_warnings():
-        # PEFT warns about merging adapters on tied weights; nothing is merged here.
-        warnings.filterwarnings("ignore", message=".*tie.*")
-        reference = PeftModel.from_pretrained(base, exported, is_trainable=True)
-    reference.eval()
-    yield Pair(trainer, reference)
+    yield Pair(trainer, load_peft(model_path, {"m": exported}))
     trainer.close()
-
-
-def dense(tensor: TensorData) -> torch.Tensor:
-    return torch.from_numpy(np.array(tensor.to_numpy()))
-
-
-def reference_logprobs(model: torch.nn.Module, datum: Datum) -> torch.Tensor:
-    tokens = torch.from_numpy(datum.model_input.text_tokens().astype(np.int64))[None]
-    targets = dense(datum.loss_fn_inputs["target_tokens"])
-    table = torch.log_softmax(model(input_ids=tokens).logits[0].float(), -1)
-    return table.gather(1, targets if targets.ndim == 2 else targets[:, None]).reshape(targets.shape)
-
-
-def formula(name: str, p: torch.Tensor, datum: Datum, config: dict[str, float]) -> torch.Tensor:
-    """Each loss, written from its definition."""
-    inputs = {key: dense(value) for key, value in datum.loss_fn_inputs.items()}
-    if name == "cross_entropy":
-        return -(inputs.get("weights", torch.ones_like(p)) * p).sum()
-    q, a = inputs["logprobs"], inputs["advantages"]
-    low = inputs.get("clip_low_threshold", torch.full_like(p, config.get("clip_low_threshold", 0.8)))
-    high = inputs.get("clip_high_threshold", torch.full_like(p, config.get("clip_high_threshold", 1.2)))
-    ratio = (p - q).exp()
-    if name == "importance_sampling":
-        return -(ratio * a).sum()
-    if name == "ppo":
-        return -torch.min(ratio * a, torch.max(torch.min(ratio, high), low) * a).sum()
-    if name == "cispo":
-        return -(torch.max(torch.min(ratio, high), low).detach() * p * a).sum()
-    if name == "dro":
-        return -(p * a - 0.5 * config["beta"] * (p - q) ** 2).sum()
-    assert name == "gspo"
-    counted = inputs["sequence_ratio_mask"] != 0
-    s = (p - q)[counted].mean().exp().detach() * (p - p.detach()).exp()
-    return -torch.min(s * a, torch.max(torch.min(s, high), low) * a).sum()
 
 
 def check(pair: Pair, data: list[Datum], name: str, config: dict[str, float], directory: Path) -> None:
@@ -112,11 +71,7 @@ def check(pair: Pair, data: list[Datum], name: str, config: dict[str, float], di
             continue  # dense views differ where nothing is stored; compared by a test of its own
         assert lib.relative_error(found, wanted) < TOLERANCE
     assert output.metrics == {"loss:sum": pytest.approx(sum(losses), rel=1e-5, abs=1e-5)}
-    reference = {
-        key.removeprefix("base_model.model.").replace(".default", ""): parameter.grad.numpy()
-        for key, parameter in pair.reference.named_parameters()
-        if parameter.grad is not None
-    }
+    reference = gradients_of(pair.reference, "m")
     assert gradient.keys() == reference.keys()
     assert any("lm_head" in key for key in gradient)
     for key, wanted in reference.items():

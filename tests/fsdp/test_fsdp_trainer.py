@@ -130,7 +130,7 @@ def test_a_copied_adapter_does_not_change_and_survives_a_round_trip(
         .copy_adapter(WeightsRef(transport=Transport.IN_PROCESS, model_id="m"))
         .row.equal(before)
     )
-    handle.save_adapter(copy, str(tmp_path))
+    handle.capture_adapter(copy)(str(tmp_path))
     again = handle.copy_adapter(WeightsRef(transport=Transport.FILE, directory=str(tmp_path)))
     assert again.row.equal(before)
     assert again.row.dtype == handle.dtype
@@ -276,7 +276,7 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
 def test_hooks_import_nothing_heavy() -> None:
     script = (
         "import sys, tinker_backend_fsdp.hooks as h\n"
-        "h.tinker_register_trainer(print); h.tinker_register_sampler(print)\n"
+        "h.tinker_register_trainer(print)\n"
         "sys.exit(sorted({'torch', 'transformers', 'tinker_backend_fsdp.trainer'} & set(sys.modules)) or 0)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)

@@ -12,12 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {path.name: path for path in sorted(ROOT.glob("packages/*/src/*")) if (path / "__init__.py").exists()}
-TORCH = {"torch", "transformers", "peft", "safetensors", "accelerate", "vllm"}
+TORCH = {"torch", "transformers", "peft", "safetensors", "accelerate", "vllm", "megatron"}
 HTTP = {"starlette", "uvicorn", "httpx", "google"}
 SDK = {"tinker"}
+BACKENDS = {"tinker_backend_fsdp", "tinker_backend_megatron"}
 CORE_WITH_TORCH = (
     "tinker_core.training",
     "tinker_core.testing",
+    "tinker_core.sampling.colocated",
     "tinker_core.sampling.drawing",
     "tinker_core.sampling.scoring",
 )
@@ -62,7 +64,13 @@ def modules(package: str) -> list[Path]:
 
 
 def test_all_packages_are_looked_at() -> None:
-    assert {"tinker_core", "tinker_server", "tinker_backend_fsdp", "tinker_sampler_vllm"} <= set(SOURCES)
+    assert {
+        "tinker_core",
+        "tinker_server",
+        "tinker_backend_fsdp",
+        "tinker_backend_megatron",
+        "tinker_sampler_vllm",
+    } <= set(SOURCES)
 
 
 @pytest.mark.parametrize("package", SOURCES)
@@ -127,19 +135,19 @@ PRINT_LOADED = "; import sys; print(*sorted(sys.modules))"
 def test_tinker_core_loads_without_torch_http_or_plugins() -> None:
     loaded = importing_all_of("tinker_core", "-torch", "-pytest")
     assert "tinker_core.engine" in loaded
-    assert loaded & (TORCH | HTTP | SDK | {"tinker_server", "tinker_backend_fsdp", "pytest"}) == set()
+    assert loaded & (TORCH | HTTP | SDK | {"tinker_server", *BACKENDS, "pytest"}) == set()
 
 
 def test_tinker_server_loads_without_torch_or_plugins() -> None:
     loaded = importing_all_of("tinker_server")
     assert "tinker_server.cli" in loaded
-    assert loaded & (TORCH | SDK | {"tinker_backend_fsdp"}) == set()
+    assert loaded & (TORCH | SDK | BACKENDS) == set()
 
 
 def test_the_servers_side_of_the_vllm_sampler_loads_without_torch_or_vllm() -> None:
     loaded = importing_all_of("tinker_sampler_vllm", "-torch")
     assert {"tinker_sampler_vllm.sampler", "tinker_sampler_vllm.links.local"} <= loaded
-    assert loaded & (TORCH | SDK | {"tinker_server", "tinker_backend_fsdp"}) == set()
+    assert loaded & (TORCH | SDK | {"tinker_server", *BACKENDS}) == set()
 
 
 @pytest.mark.parametrize("package", sorted(set(SOURCES) - {"tinker_server"}))
@@ -153,5 +161,5 @@ def test_hooks_import_nothing_heavy(package: str) -> None:
 def test_loading_all_plugins_and_listing_trainers_imports_nothing_heavy() -> None:
     code = "from tinker_core import Plugins; p = Plugins.load('*'); p.trainers(); p.samplers(); p.executors()"
     loaded = loaded_after("-c", code + PRINT_LOADED)
-    assert {"tinker_backend_fsdp.hooks", "tinker_sampler_vllm.hooks"} <= loaded
+    assert {"tinker_backend_fsdp.hooks", "tinker_backend_megatron.hooks", "tinker_sampler_vllm.hooks"} <= loaded
     assert loaded & TORCH == set()

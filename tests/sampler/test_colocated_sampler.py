@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.models import EOS_ID, write_tiny_model
-from tinker_backend_fsdp.sampler.revisions import Revisions
-from tinker_backend_fsdp.sampler.sampler import ColocatedSampler
 from tinker_core.errors import InvalidRequestError
 from tinker_core.executors.build import build_rank, rank_context
 from tinker_core.interfaces import WorkerGroupSpec
+from tinker_core.sampling.colocated.revisions import Revisions
+from tinker_core.sampling.colocated.sampler import ColocatedSampler
 from tinker_core.training.adapters import AdapterLayout, AdapterWeights, LinearSpec
 from tinker_core.types import (
     BaseModelSpec,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tinker_backend_fsdp.sampler.cache import SMALLEST_CAPACITY, PromptCache, SequenceCache
+from tinker_core.sampling.colocated.cache import SMALLEST_CAPACITY, PromptCache, SequenceCache
 
 
 def prompt(name: int, length: int) -> PromptCache:

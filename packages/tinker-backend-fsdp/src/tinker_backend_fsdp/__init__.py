@@ -1,1 +1,1 @@
-"""Trainer ``fsdp`` (FSDP2) and sampler ``colocated``; loaded by tinker-server through the entry point ``fsdp``."""
+"""Trainer ``fsdp`` (FSDP2); loaded by tinker-server through the entry point ``fsdp``."""

@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from functools import partial
 from pathlib import Path
 
-from tinker_backend_fsdp.handle import FsdpModelHandle
+from tinker_backend_fsdp.handle import make_handle
 from tinker_backend_fsdp.loading import load_model
 from tinker_backend_fsdp.packed import FsdpPackedModel
 from tinker_core.errors import ConfigurationError, TinkerError, UserError
@@ -16,6 +16,7 @@ from tinker_core.optimizer_families import check_step_family, require_family
 from tinker_core.training.adapters import AdapterLayout
 from tinker_core.training.determinism import make_deterministic
 from tinker_core.training.graphs.loss import custom_loss_plugin
+from tinker_core.training.handle import LiveModelHandle
 from tinker_core.training.host_copies import HostCopies
 from tinker_core.training.micro_batch import PassRequest
 from tinker_core.training.passes import PassRunner
@@ -155,9 +156,9 @@ class FsdpTrainer:
         """Forget a model."""
         self._models.remove(model_id)
 
-    def model_handle(self) -> FsdpModelHandle:
+    def model_handle(self) -> LiveModelHandle:
         """The live model."""
-        return FsdpModelHandle(self._loaded, self._models, self._world, self.capabilities(), self._base_model)
+        return make_handle(self._loaded, self._models, self._world, self.capabilities(), self._context.base_model)
 
     def close(self) -> None:
         """Leave the process group."""

@@ -8,8 +8,9 @@ from typing import Any
 import attrs
 from transformers import AutoConfig
 
-from tinker_backend_megatron.topology import EXPERT, PIPELINE, TENSOR, Topology
+from tinker_backend_megatron.topology import DISPATCHER, EXPERT, PIPELINE, TENSOR, Topology
 from tinker_core.errors import ConfigurationError
+from tinker_core.interfaces import RankContext
 
 SUPPORTED_ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 """Values of ``model_type`` in ``config.json`` that this trainer can load."""
@@ -115,6 +116,22 @@ def _experts(config: Any) -> Experts:  # noqa: ANN401
         ffn_size=config.moe_intermediate_size,
         renormalizes=bool(config.norm_topk_prob),
     )
+
+
+def plan_topology(context: RankContext) -> Topology:
+    """How the ranks share the model; raises `ConfigurationError` before any rank waits for another."""
+    architecture = read_architecture(context.base_model.path)
+    topology = Topology.from_options(context.world_size, context.options)
+    check_division(architecture, topology)
+    if architecture.experts is None:
+        return topology
+    if topology.expert_dispatcher == "alltoall" and context.device == "cpu":
+        raise ConfigurationError(
+            f"--{DISPATCHER} alltoall needs --device cuda: Megatron-Core hands gloo sizes that it does not take; "
+            f"use --{DISPATCHER} allgather"
+        )
+    # Else tensor-parallel ranks would all send the same tokens to the experts.
+    return attrs.evolve(topology, sequence_parallel=topology.tensor > 1)
 
 
 def check_division(architecture: Architecture, topology: Topology) -> None:

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from tinker_backend_megatron.context import PassContext
+from tinker_core.training.attention import AttentionPlan
 
 
 class RMSNorm(nn.Module):
@@ -66,10 +67,14 @@ class PlannedAttention(MegatronModule):  # type: ignore[misc]
         assert context.rotary is not None
         cos, sin = context.rotary
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_T1HD, key_T1hD, value_T1hD))
-        out = context.plan.attend(
-            self.layer_index, _rotate(query, cos, sin), _rotate(key, cos, sin), value, self.scaling
-        )
+        out = self.attend(context.plan, _rotate(query, cos, sin), _rotate(key, cos, sin), value)
         return out.permute(2, 0, 1, 3).flatten(2).contiguous()
+
+    def attend(
+        self, plan: AttentionPlan, q_1HTD: torch.Tensor, k_1hTD: torch.Tensor, v_1hTD: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention output ``[1, H, T, D]`` of rotated queries and keys."""
+        return plan.attend(self.layer_index, q_1HTD, k_1hTD, v_1hTD, self.scaling)
 
 
 def _rotate(x: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:

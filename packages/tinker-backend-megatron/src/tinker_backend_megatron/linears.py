@@ -37,9 +37,9 @@ class LoraColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
         assert weight is None
         assert not runtime_gather_output
         if self.sequence_parallel:
-            x = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True)
+            x = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
-            x = copy_to_tensor_model_parallel_region(input_)
+            x = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         bias = None if self.skip_bias_add else self.bias
         context = self.pass_context
         y = fused_lora_linear(x, self.weight, bias, self.parts, context.segments, context.tag)
@@ -58,5 +58,5 @@ class LoraRowLinear(RowParallelLinear):  # type: ignore[misc]
         context = self.pass_context
         y = fused_lora_linear(input_, self.weight, None, self.parts, context.segments, context.tag)
         if self.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(y), None
-        return reduce_from_tensor_model_parallel_region(y), None
+            return reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group), None
+        return reduce_from_tensor_model_parallel_region(y, group=self.tp_group), None

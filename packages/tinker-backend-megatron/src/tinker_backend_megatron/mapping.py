@@ -15,6 +15,7 @@ from tinker_backend_megatron.architecture import Architecture
 from tinker_backend_megatron.fused_lora import LoraPart, Section
 from tinker_backend_megatron.rows import LinearShard
 from tinker_backend_megatron.topology import Place, Topology
+from tinker_core.lora_targets import ATTENTION_TARGETS, MLP_TARGETS
 from tinker_core.training.adapters import LinearSpec
 
 
@@ -62,6 +63,17 @@ class Piece:
 
 
 @attrs.frozen(kw_only=True)
+class StackedPiece:
+    """A matrix of an expert in the other form that Hugging Face models have on disk: one tensor for all experts."""
+
+    name: str
+    shape: tuple[int, int, int]
+    expert: int
+    start: int
+    """First of its rows; gate and up are one above the other."""
+
+
+@attrs.frozen(kw_only=True)
 class ModelMap:
     """A model's names and shapes in every rank of a world."""
 
@@ -74,22 +86,31 @@ class ModelMap:
         """All of them whole, in the order of the Hugging Face model."""
         model = self.architecture
         found = [spec for layer in range(model.num_layers) for spec in self._layer_linears(layer)]
-        head = LinearSpec(name="lm_head", in_features=model.hidden_size, out_features=model.vocab_size)
-        return (*found, head)
+        return (*found, self._linear("lm_head"))
 
     def _layer_linears(self, layer: int) -> Iterator[LinearSpec]:
+        prefix = f"model.layers.{layer}."
+        for name in ATTENTION_TARGETS:
+            yield self._linear(f"{prefix}self_attn.{name}")
+        experts = self.architecture.experts
+        blocks = ("mlp",) if experts is None else tuple(f"mlp.experts.{expert}" for expert in range(experts.count))
+        for block in blocks:
+            for name in MLP_TARGETS:
+                yield self._linear(f"{prefix}{block}.{name}")
+
+    def _linear(self, name: str) -> LinearSpec:
+        """A linear by its name."""
         model = self.architecture
-        hidden, queries = model.hidden_size, model.num_heads * model.head_size
-        keys = model.num_kv_heads * model.head_size
-        attention, prefix = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
-        for name, size in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-            yield LinearSpec(name=attention + name, in_features=hidden, out_features=size)
-        yield LinearSpec(name=attention + "o_proj", in_features=queries, out_features=hidden)
-        if model.experts is None:
-            yield from _feed_forward(prefix, hidden, model.ffn_size)
-            return
-        for expert in range(model.experts.count):
-            yield from _feed_forward(f"{prefix}experts.{expert}.", hidden, model.experts.ffn_size)
+        kind = name.rsplit(".", 1)[-1]
+        hidden, queries, keys = model.hidden_size, model.num_heads * model.head_size, model.num_kv_heads
+        keys *= model.head_size
+        ffn = model.experts.ffn_size if model.experts is not None else model.ffn_size
+        if kind in ("o_proj", "down_proj"):
+            inputs, outputs = (queries if kind == "o_proj" else ffn), hidden
+        else:
+            sizes = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "lm_head": model.vocab_size}
+            inputs, outputs = hidden, sizes.get(kind, ffn)
+        return LinearSpec(name=name, in_features=inputs, out_features=outputs)
 
     def shards_of(self, rank: int) -> tuple[LinearShard, ...]:
         """The parts of all linears that a rank holds."""
@@ -98,7 +119,7 @@ class ModelMap:
         last = place.pipeline == self.topology.pipeline - 1
         wanted = [spec for layer in layers for spec in self._layer_linears(layer)]
         if last:
-            wanted.append(self.linears()[-1])
+            wanted.append(self._linear("lm_head"))
         return tuple(shard for spec in wanted if (shard := self._shard(spec, place)) is not None)
 
     def _shard(self, spec: LinearSpec, place: Place) -> LinearShard | None:
@@ -122,13 +143,12 @@ class ModelMap:
 
     # --- fused linears ------------------------------------------------------------------------------------------------
 
-    def lora_parts(self, module_name: str, first_layer: int) -> tuple[LoraPart, ...]:
-        """The linears in a fused linear of Megatron-Core, by its qualified name in a rank's root."""
-        return tuple(
-            LoraPart(name=name, section=section) for name, section in self._fused(module_name, first_layer).items()
-        )
+    def lora_parts(self, module_name: str, first_layer: int, place: Place) -> tuple[LoraPart, ...]:
+        """The linears in a fused linear of Megatron-Core, by its qualified name in the root of the rank at a place."""
+        fused = self._fused(module_name, first_layer, place)
+        return tuple(LoraPart(name=name, section=section) for name, section in fused.items())
 
-    def _fused(self, module_name: str, first_layer: int) -> dict[str, Section]:
+    def _fused(self, module_name: str, first_layer: int, place: Place) -> dict[str, Section]:
         """Hugging Face name and place in the output of each linear in a fused one."""
         words = module_name.split(".")
         prefix = f"model.layers.{int(words[2]) + first_layer}."
@@ -137,13 +157,17 @@ class ModelMap:
             return self._fused_attention(prefix + "self_attn.")
         if words[-1] == "linear_proj":
             return {prefix + "self_attn.o_proj": _all(model.hidden_size)}
+        prefix, half = prefix + "mlp.", model.ffn_size // tensor
+        if model.experts is not None:
+            assert words[-3] == "local_experts"
+            expert = self.experts_of(place)[int(words[-2])]
+            prefix, half = f"{prefix}experts.{expert}.", model.experts.ffn_size
         if words[-1] == "linear_fc2":
-            return {prefix + "mlp.down_proj": _all(model.hidden_size)}
+            return {prefix + "down_proj": _all(model.hidden_size)}
         assert words[-1] == "linear_fc1"
-        half = model.ffn_size // tensor
         return {
-            prefix + "mlp.gate_proj": Section(groups=1, width=2 * half, start=0, stop=half),
-            prefix + "mlp.up_proj": Section(groups=1, width=2 * half, start=half, stop=2 * half),
+            prefix + "gate_proj": Section(groups=1, width=2 * half, start=0, stop=half),
+            prefix + "up_proj": Section(groups=1, width=2 * half, start=half, stop=2 * half),
         }
 
     def _fused_attention(self, prefix: str) -> dict[str, Section]:
@@ -172,6 +196,10 @@ class ModelMap:
             return (_whole("model.norm.weight", (model.hidden_size,)),)
         if "layernorm" in words[-2]:
             return (self._norm(int(words[2]) + first_layer, words[-2]),)
+        if words[-2] == "router":
+            assert model.experts is not None
+            name = f"model.layers.{int(words[2]) + first_layer}.mlp.gate.weight"
+            return (_whole(name, (model.experts.count, model.hidden_size)),)
         return tuple(self._linear_pieces(".".join(words[:-1]), words[-1], first_layer, place))
 
     def _norm(self, layer: int, name: str) -> Piece:
@@ -185,10 +213,8 @@ class ModelMap:
         return _whole(f"model.layers.{layer}.{theirs}.weight", (size,))
 
     def _linear_pieces(self, module_name: str, kind: str, first_layer: int, place: Place) -> Iterator[Piece]:
-        layer = int(module_name.split(".")[2]) + first_layer
-        specs = {spec.name: spec for spec in self._layer_linears(layer)}
-        for name, section in self._fused(module_name, first_layer).items():
-            shard = self._shard(specs[name], place)
+        for name, section in self._fused(module_name, first_layer, place).items():
+            shard = self._shard(self._linear(name), place)
             assert shard is not None
             whole = (shard.spec.out_features, shard.spec.in_features)
             start, stop = shard.inputs if shard.splits_inputs else shard.outputs
@@ -198,15 +224,24 @@ class ModelMap:
             axis = 1 if shard.splits_inputs else 0
             yield Piece(name=f"{name}.weight", shape=whole, axis=axis, start=start, stop=stop, section=section)
 
+    def stacked(self, piece: Piece) -> StackedPiece | None:
+        """Where else a piece may be; None for what is no expert's."""
+        experts, hidden = self.architecture.experts, self.architecture.hidden_size
+        prefix, found, rest = piece.name.partition(".experts.")
+        if experts is None or not found:
+            return None
+        expert, kind, _ = rest.split(".")
+        if kind == "down_proj":
+            name, rows, columns, start = "down_proj", hidden, experts.ffn_size, 0
+        else:
+            name, rows, columns = "gate_up_proj", 2 * experts.ffn_size, hidden
+            start = 0 if kind == "gate_proj" else experts.ffn_size
+        shape = (experts.count, rows, columns)
+        return StackedPiece(name=f"{prefix}.experts.{name}", shape=shape, expert=int(expert), start=start)
+
     def _rows(self, name: str, shape: tuple[int, int], place: Place) -> Piece:
         start, stop = _share(shape[0], place.tensor, self.topology.tensor)
         return Piece(name=name, shape=shape, start=start, stop=stop)
-
-
-def _feed_forward(prefix: str, hidden: int, size: int) -> Iterator[LinearSpec]:
-    yield LinearSpec(name=prefix + "gate_proj", in_features=hidden, out_features=size)
-    yield LinearSpec(name=prefix + "up_proj", in_features=hidden, out_features=size)
-    yield LinearSpec(name=prefix + "down_proj", in_features=size, out_features=hidden)
 
 
 def _all(size: int) -> Section:

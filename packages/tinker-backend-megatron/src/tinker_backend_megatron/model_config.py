@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,9 +12,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from tinker_backend_megatron.architecture import Architecture
 from tinker_backend_megatron.topology import Topology
 
+_FIELDS = {field.name for field in fields(TransformerConfig)}
+# Said, because Megatron-Core warns of its own default; the field has another name since 0.19.
+_NO_CUDA_GRAPHS: dict[str, Any] = {"cuda_graph_modules" if "cuda_graph_modules" in _FIELDS else "cuda_graph_scope": []}
+
 
 def make_config(
-    architecture: Architecture, topology: Topology, dtype: torch.dtype, device: torch.device
+    architecture: Architecture,
+    topology: Topology,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    transformer_engine: bool = False,
 ) -> TransformerConfig:
     """Plain arithmetic: no dropout, no fused kernels that need Apex or Transformer Engine, sums instead of means."""
     return TransformerConfig(
@@ -46,8 +56,10 @@ def make_config(
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
+        transformer_impl="transformer_engine" if transformer_engine else "local",
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        **_NO_CUDA_GRAPHS,
         **_expert_settings(architecture, topology),
     )
 
@@ -60,12 +72,11 @@ def _expert_settings(architecture: Architecture, topology: Topology) -> dict[str
         "num_moe_experts": experts.count,
         "moe_router_topk": experts.per_token,
         "moe_ffn_hidden_size": experts.ffn_size,
-        # Softmax over the chosen ones is softmax over all, made to sum to 1.
-        "moe_router_pre_softmax": not experts.renormalizes,
+        # What `tinker_backend_megatron.experts.Router` does.
+        "moe_router_pre_softmax": True,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_token_dispatcher_type": "allgather",
-        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": topology.expert_dispatcher,
         "expert_model_parallel_size": topology.expert,
         "expert_tensor_parallel_size": 1,
     }

@@ -7,6 +7,7 @@ from collections.abc import Generator, Sequence
 import attrs
 import torch
 
+from tinker_backend_megatron.context_parallel import ContextShare
 from tinker_backend_megatron.root import MegatronRoot
 from tinker_backend_megatron.topology import Topology
 from tinker_backend_megatron.world import MegatronWorld
@@ -34,21 +35,23 @@ class MegatronPackedModel:
     def _micro_pass(self, layout: PassLayout, bins: Sequence[Bin], tally: PassTally) -> None:
         length = padded_length(layout, bins, self.world.topology)
         batch = layout.micro_batch(bins[self.world.data_rank], tally.gradients, self.world.device, length=length)
-        head = LossHead(batch.head_data, batch.segments, num_owners=len(layout.requests))
+        share = ContextShare(batch, self.world.context_ranks)
+        local = share.batch
+        head = LossHead(local.head_data, batch.segments, num_owners=len(layout.requests))
         with_gradient = layout.needs_gradient(bins)
-        with torch.set_grad_enabled(with_gradient):
-            hidden, result = self.root(batch.input_ids, batch.position_ids, batch.plan, batch.segments, head)
+        with torch.set_grad_enabled(with_gradient), self.root.serving(layout.tenants(tally.gradients)):
+            hidden, result = self.root(local.input_ids, local.position_ids, local.plan, local.segments, head)
         if with_gradient:
             grad_hidden = torch.zeros_like(hidden) if result.grad_hidden is None else result.grad_hidden
             torch.autograd.backward(hidden, grad_hidden)
         tally.fail(result.failure)
         if self.world.reports:
-            tally.add(batch.items, result)
+            tally.add(batch.items, share.complete(result))
 
 
 def padded_length(layout: PassLayout, bins: Sequence[Bin], topology: Topology) -> int | None:
     """Tokens that each of some micro-batches has in all ranks; None where each may have its own."""
-    divisor = topology.context * (topology.tensor if topology.sequence_parallel else 1)
+    divisor = topology.token_divisor
     if divisor == 1 and topology.pipeline == 1 and topology.expert == 1:
         return None
     longest = max(layout.length(one) for one in bins)

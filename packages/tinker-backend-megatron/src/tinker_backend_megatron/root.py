@@ -9,10 +9,13 @@ H hidden size, V vocabulary, v the part of this rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
@@ -91,7 +94,7 @@ class Unembed:
 class Embedding(nn.Module):
     """The token embedding, under the name that Megatron-Core gives it."""
 
-    def __init__(self, tokens: VocabularyRange, config: TransformerConfig) -> None:
+    def __init__(self, tokens: VocabularyRange, config: TransformerConfig, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.word_embeddings = VocabParallelEmbedding(
             num_embeddings=tokens.padded_size,
@@ -99,7 +102,10 @@ class Embedding(nn.Module):
             init_method=nn.init.zeros_,
             reduce_scatter_embeddings=config.sequence_parallel,
             config=config,
+            tp_group=group,
         )
+        # Rows beyond the vocabulary are never read from a checkpoint.
+        nn.init.zeros_(self.word_embeddings.weight)
 
     def forward(self, input_ids_1T: torch.Tensor) -> torch.Tensor:
         """Hidden states ``[t, 1, H]``."""
@@ -119,6 +125,9 @@ class OutputLayer(nn.Module):
 class MegatronRoot(MegatronModule):  # type: ignore[misc]
     """The modules of one rank; called as a whole, with a head that is chosen per call."""
 
+    model_type = ModelType.encoder_or_decoder
+    """What Megatron-Core's schedules want to know."""
+
     def __init__(
         self, architecture: Architecture, config: TransformerConfig, world: MegatronWorld, context: PassContext
     ) -> None:
@@ -127,15 +136,20 @@ class MegatronRoot(MegatronModule):  # type: ignore[misc]
         self.tokens = VocabularyRange(architecture.vocab_size, world)
         layers = world.topology.layers_of(world.place.pipeline, architecture.num_layers)
         first, last = world.is_first_stage, world.is_last_stage
-        self.embedding = Embedding(self.tokens, config) if first else None
+        self.embedding = Embedding(self.tokens, config, world.tensor_group) if first else None
         self.decoder = TransformerBlock(
-            config=config, spec=block_spec(architecture, len(layers)), pre_process=first, post_process=last
+            config=config, spec=block_spec(architecture, config, len(layers)), pre_process=first, post_process=last
         )
         self.output_layer = OutputLayer(self._output_weight(architecture, config)) if last else None
         self.rotary: Any = LlamaRotaryEmbedding(architecture.hf_config).to(world.device)
         self.unembed: Unembed | None = None
         if self.output_layer is not None:
             self.unembed = Unembed(self.output_layer.weight, self.tokens, world)
+
+    @property
+    def world(self) -> MegatronWorld:
+        """The ranks that share the model."""
+        return self._world
 
     def _output_weight(self, architecture: Architecture, config: TransformerConfig) -> nn.Parameter:
         if architecture.ties_embeddings and self.embedding is not None:
@@ -149,6 +163,10 @@ class MegatronRoot(MegatronModule):  # type: ignore[misc]
         """Take the previous stage's hidden states."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
+    def serving(self, tenants: tuple[Segment, ...]) -> AbstractContextManager[None]:
+        """Forwards over segments of these owners, also by other ranks: experts compute tokens of several ranks."""
+        return self._context.serving(tenants)
+
     def hidden_states(
         self,
         input_ids_1T: torch.Tensor,
@@ -157,7 +175,8 @@ class MegatronRoot(MegatronModule):  # type: ignore[misc]
         segments: tuple[Segment, ...],
     ) -> torch.Tensor:
         """This stage's output ``[t, 1, H]``."""
-        cos, sin = self.rotary(torch.empty((), dtype=self.config.params_dtype), position_ids_1T)
+        like = torch.empty((), dtype=self.config.params_dtype, device=position_ids_1T.device)
+        cos, sin = self.rotary(like, position_ids_1T)
         with self._context.forward(plan, segments, (cos[0], sin[0])):
             hidden = None if self.embedding is None else self.embedding(input_ids_1T)
             found: torch.Tensor = self.decoder(hidden_states=hidden, attention_mask=None)
@@ -165,12 +184,12 @@ class MegatronRoot(MegatronModule):  # type: ignore[misc]
 
     def whole_hidden(self, hidden_t1H: torch.Tensor) -> torch.Tensor:
         """Hidden states ``[T, H]`` for the head; backward sums the parts of the gradient that ranks compute."""
+        group = self._world.tensor_group
         if self.config.sequence_parallel:
-            whole = gather_from_sequence_parallel_region(hidden_t1H, tensor_parallel_output_grad=True)
+            whole = gather_from_sequence_parallel_region(hidden_t1H, tensor_parallel_output_grad=True, group=group)
         else:
-            whole = copy_to_tensor_model_parallel_region(hidden_t1H)
-        found: torch.Tensor = whole[:, 0]
-        return found
+            whole = copy_to_tensor_model_parallel_region(hidden_t1H, group=group)
+        return self._world.context_ranks.gather(whole[:, 0])
 
     def forward(
         self,

@@ -10,7 +10,7 @@ Shapes: A ``[rank, in]``, B ``[out, rank]``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
 import torch
@@ -53,6 +53,52 @@ ShardsOf = Callable[[int], Sequence[LinearShard]]
 """All linears of a rank, by rank, in model order."""
 
 
+@attrs.frozen(kw_only=True)
+class LinearPlace:
+    """Where A and B of a linear begin in a row."""
+
+    linear: LinearSpec
+    a: int
+    b: int
+
+    def views(self, row: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B."""
+        return self.view_a(row, rank), self.view_b(row, rank)
+
+    def view_a(self, row: torch.Tensor, rank: int, begin: int = 0) -> torch.Tensor:
+        """A, in what is left of a row from ``begin`` on."""
+        first = self.a - begin
+        return row[first : first + rank * self.linear.in_features].view(rank, self.linear.in_features)
+
+    def view_b(self, row: torch.Tensor, rank: int, begin: int = 0) -> torch.Tensor:
+        """B, in what is left of a row from ``begin`` on."""
+        first = self.b - begin
+        return row[first : first + rank * self.linear.out_features].view(self.linear.out_features, rank)
+
+
+class RowViews(Mapping[str, tuple[torch.Tensor, torch.Tensor]]):
+    """(A, B) of linears as views of a row, made when they are asked for: with experts there are thousands."""
+
+    def __init__(self, row: torch.Tensor, rank: int, places: Mapping[str, LinearPlace]) -> None:
+        self._row, self._rank, self._places = row, rank, places
+        self._made: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __getitem__(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self._made.get(name)
+        if found is None:
+            found = self._made[name] = self._places[name].views(self._row, self._rank)
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
 class ShardedLayout(AdapterLayout):
     """Where A and B of a rank's linears lie in its row."""
 
@@ -63,9 +109,11 @@ class ShardedLayout(AdapterLayout):
         self.linears = tuple(shard.local for shard in self._shards)
         self.rank, self.scale = whole.rank, whole.scale
         self._places = self._lay_out(world.topology.tensor)
+        self._originals = self._find_originals(rank)
+        self._others: dict[int, ShardedLayout] = {}
 
-    def _lay_out(self, tensor: int) -> dict[str, tuple[int, int]]:
-        """Where A and B of each linear begin."""
+    def _lay_out(self, tensor: int) -> dict[str, LinearPlace]:
+        """Where everything lies, in model order."""
         sizes: list[tuple[int, str, int, int]] = []
         for shard in self._shards:
             by_class = (2, 2) if shard.expert else (1, 0) if shard.splits_inputs else (0, 1)
@@ -82,7 +130,10 @@ class ShardedLayout(AdapterLayout):
                     offset += size
             self._bounds.append(offset)
         self.size = offset
-        return {name: (found[0], found[1]) for name, found in starts.items()}
+        return {
+            linear.name: LinearPlace(linear=linear, a=starts[linear.name][0], b=starts[linear.name][1])
+            for linear in self.linears
+        }
 
     @property
     def whole(self) -> AdapterLayout:
@@ -94,15 +145,9 @@ class ShardedLayout(AdapterLayout):
         a, b, c, d = self._bounds
         return row[a:b], row[b:c], row[c:d]
 
-    def views(self, row: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def views(self, row: torch.Tensor) -> RowViews:
         """(A, B) of every linear of this rank as views of its row."""
-        views = {}
-        for linear in self.linears:
-            at_a, at_b = self._places[linear.name]
-            a = row[at_a : at_a + self.rank * linear.in_features].view(self.rank, linear.in_features)
-            b = row[at_b : at_b + self.rank * linear.out_features].view(linear.out_features, self.rank)
-            views[linear.name] = (a, b)
-        return views
+        return RowViews(row, self.rank, self._places)
 
     def initial_row(self, seed: int) -> torch.Tensor:
         """This rank's part of the row that any other world would begin with."""
@@ -129,35 +174,52 @@ class ShardedLayout(AdapterLayout):
         return mine
 
     def collect(self, row: torch.Tensor, copies: HostCopies) -> torch.Tensor | None:
-        """The whole row in rank 0, part by part; a collective."""
+        """The whole row in rank 0, every number of it sent once, over host memory; a collective."""
         world = self._world
+        begin, end = self._originals
         if world.rank != 0:
-            if self._holds_originals(world.rank):
-                dist.send(row.detach().cpu(), dst=0)
+            if begin < end:
+                part, is_copy = _on_host(row[begin:end], copies)
+                dist.send(part, dst=0)
+                copies.release([part] if is_copy else [])
             return None
         gathered = copies.room(self._whole.size, pinned=row.is_cuda)
-        for rank in range(world.size):
-            if not self._holds_originals(rank):
-                continue
-            layout = self if rank == 0 else ShardedLayout(self._whole, self._shards_of, rank, world)
-            part = row.detach().cpu() if rank == 0 else torch.empty(layout.size, dtype=row.dtype)
-            if rank:
+        whole = self._whole.views(gathered)
+        part, is_copy = _on_host(row[begin:end], copies)
+        self._put(part, whole)
+        copies.release([part] if is_copy else [])
+        for rank in range(1, world.size):
+            sender = self._layout_of(rank)
+            begin, end = sender._originals
+            if begin < end:
+                part = copies.room(end - begin, pinned=row.is_cuda)
                 dist.recv(part, src=rank)
-            layout._put(part, gathered)
+                sender._put(part, whole)
+                copies.release([part])
         return gathered
 
-    def _holds_originals(self, rank: int) -> bool:
-        """Whether a rank is the first of those that hold the same rows, or the same experts."""
-        place = self._world.topology.place(rank)
-        has_experts = any(shard.expert for shard in self._shards_of(rank))
-        return (place.data == 0 and place.context == 0) or (has_experts and place.expert_data == 0)
+    def _layout_of(self, rank: int) -> ShardedLayout:
+        if rank not in self._others:
+            self._others[rank] = ShardedLayout(self._whole, self._shards_of, rank, self._world)
+        return self._others[rank]
 
-    def _put(self, row: torch.Tensor, whole_row: torch.Tensor) -> None:
-        whole = self._whole.views(whole_row)
-        for shard, (a, b) in zip(self._shards, self.views(row).values(), strict=True):
+    def _find_originals(self, rank: int) -> tuple[int, int]:
+        """The range of the row that this rank is the first to hold, of all ranks with the same numbers."""
+        place = self._world.topology.place(rank)
+        shared, own, expert, end = self._bounds
+        is_first = place.data == 0 and place.context == 0
+        start = expert if not is_first else own if place.tensor else shared
+        return start, end if place.expert_data == 0 else expert
+
+    def _put(self, part: torch.Tensor, whole: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Copy what this rank is the first to hold into a whole row."""
+        begin, end = self._originals
+        for shard, place in zip(self._shards, self._places.values(), strict=True):
             whole_a, whole_b = whole[shard.spec.name]
-            whole_a[:, slice(*shard.inputs)] = a
-            whole_b[slice(*shard.outputs)] = b
+            if begin <= place.a < end:
+                whole_a[:, slice(*shard.inputs)] = place.view_a(part, self.rank, begin)
+            if begin <= place.b < end:
+                whole_b[slice(*shard.outputs)] = place.view_b(part, self.rank, begin)
 
     def norm(self, row: torch.Tensor) -> float:
         """Euclidean norm of the whole row, every number of it counted once; a collective."""
@@ -175,3 +237,8 @@ class ShardedLayout(AdapterLayout):
             total += expert
         world.sum(total)
         return float(total.sqrt())
+
+
+def _on_host(row: torch.Tensor, copies: HostCopies) -> tuple[torch.Tensor, bool]:
+    """A row on the CPU, and whether it is a copy that has to be released."""
+    return (copies.copy(row), True) if row.is_cuda else (row.detach(), False)

@@ -19,6 +19,9 @@ PIPELINE = "pipeline-parallel"
 CONTEXT = "context-parallel"
 EXPERT = "expert-parallel"
 SEQUENCE = "sequence-parallel"
+DISPATCHER = "expert-dispatcher"
+DISPATCHERS = ("allgather", "alltoall")
+"""How tokens come to the ranks of their experts: all of them to all ranks, or each to those that need it."""
 
 TOPOLOGY_OPTIONS = (
     Option(name=TENSOR, type=int, default=1, help="ranks that share each layer's matrices"),
@@ -30,6 +33,12 @@ TOPOLOGY_OPTIONS = (
         type=bool,
         default=False,
         help="tensor-parallel ranks also share the tokens between the matrices; always so for mixtures of experts",
+    ),
+    Option(
+        name=DISPATCHER,
+        type=str,
+        default=DISPATCHERS[0],
+        help="how tokens come to the ranks of their experts: allgather, or alltoall, which moves less but needs CUDA",
     ),
 )
 """The options that make a `Topology`."""
@@ -57,6 +66,7 @@ class Topology:
     context: int = 1
     expert: int = 1
     sequence_parallel: bool = False
+    expert_dispatcher: str = DISPATCHERS[0]
 
     @classmethod
     def from_options(cls, world_size: int, options: Mapping[str, OptionValue]) -> Self:
@@ -65,6 +75,12 @@ class Topology:
         for name, size in sizes.items():
             if size < 1:
                 raise ConfigurationError(f"--{name} must be at least 1, got {size}")
+        dispatcher = str(options.get(DISPATCHER, DISPATCHERS[0]))
+        if dispatcher not in DISPATCHERS:
+            raise ConfigurationError(f"--{DISPATCHER} must be {' or '.join(DISPATCHERS)}, got {dispatcher!r}")
+        sequence_parallel = bool(options.get(SEQUENCE, False))
+        if sequence_parallel and sizes[TENSOR] == 1:
+            raise ConfigurationError(f"--{SEQUENCE} needs --{TENSOR} of at least 2, whose ranks share the tokens")
         needed = smallest_world(options)
         if world_size % needed:
             raise ConfigurationError(
@@ -78,7 +94,8 @@ class Topology:
             pipeline=sizes[PIPELINE],
             context=sizes[CONTEXT],
             expert=sizes[EXPERT],
-            sequence_parallel=bool(options.get(SEQUENCE, False)) and sizes[TENSOR] > 1,
+            sequence_parallel=sequence_parallel,
+            expert_dispatcher=dispatcher,
         )
 
     @property
@@ -90,6 +107,13 @@ class Topology:
     def expert_data(self) -> int:
         """Ranks that hold the same experts."""
         return self.world_size // (self.expert * self.pipeline)
+
+    @property
+    def token_divisor(self) -> int:
+        """What the tokens of a micro-batch must be a multiple of, so that ranks can share them evenly."""
+        # Context-parallel ranks have a chunk of the front and one of the back each.
+        chunks = 2 * self.context if self.context > 1 else 1
+        return chunks * (self.tensor if self.sequence_parallel else 1)
 
     def place(self, rank: int) -> Place:
         """Where a rank is."""
@@ -120,6 +144,16 @@ def smallest_world(options: Mapping[str, OptionValue]) -> int:
     while together % expert:
         together += dense
     return together * pipeline
+
+
+def check_handle(options: Mapping[str, OptionValue]) -> None:
+    """Raise `ConfigurationError` when no sampler can run inside the ranks."""
+    stages = int(options.get(PIPELINE, 1))
+    if stages > 1:
+        raise ConfigurationError(
+            f"--{PIPELINE} {stages} leaves no rank with all layers, so that no sampler can run inside the ranks; use "
+            f"--sampler vllm, which has processes of its own, or --sampler none, or share the model by --{TENSOR}"
+        )
 
 
 def choose_ranks(asked: int, options: Mapping[str, OptionValue]) -> int:

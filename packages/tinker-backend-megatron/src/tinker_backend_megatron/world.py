@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
+from tinker_backend_megatron.context_parallel import ContextRanks
 from tinker_backend_megatron.topology import Topology
 from tinker_core.training.world import World, choose_device
 
@@ -45,6 +46,10 @@ class MegatronWorld(World):
         # The tracker that never forks: nothing here draws random numbers on a device.
         initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
         self._check_place()
+        self.context_ranks = ContextRanks(
+            rank=self.place.context, size=topology.context, group=parallel_state.get_context_parallel_group()
+        )
+        """The ranks that share the tokens of this rank's micro-batches."""
 
     def _check_place(self) -> None:
         place = self.place
@@ -83,12 +88,18 @@ class MegatronWorld(World):
     @property
     def reports(self) -> bool:
         """Whether this rank, among those that find the same losses and logprobs, is the one that reports them."""
-        return self.is_last_stage and self.place.tensor == 0 and self.place.context == 0
+        return self.is_last_stage and self.place.tensor == 0
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup:
+        """The ranks that share this rank's matrices."""
+        found: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
+        return found
 
     def gather_tensor_parallel(self, values: torch.Tensor) -> torch.Tensor:
         """``[m]`` of every tensor-parallel rank as ``[ranks, m]``, without autograd."""
         found = values.new_empty(self.topology.tensor, *values.shape)
-        dist.all_gather(list(found), values.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+        dist.all_gather(list(found), values.contiguous(), group=self.tensor_group)
         return found
 
     def sum_gradient(self, gradient: AdapterGradient) -> None:

@@ -1,4 +1,4 @@
-"""The plugins that come with tinker-core: the local executor, the built-in losses and AdamW. Imports nothing heavy."""
+"""What comes with tinker-core: local executor, colocated sampler, built-in losses and AdamW. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tinker_core.hookspecs import hookimpl
+from tinker_core.interfaces import SamplerPlugin
+from tinker_core.types import Placement
 
 if TYPE_CHECKING:
-    from tinker_core.interfaces import ExecutorPlugin, LossPlugin, OptimizerPlugin
+    from tinker_core.interfaces import (
+        ExecutorPlugin,
+        LossPlugin,
+        ModelHandle,
+        OptimizerPlugin,
+        RankContext,
+        RankSampler,
+    )
 
 
 @hookimpl
@@ -17,6 +26,18 @@ def tinker_register_executor(register: Callable[[ExecutorPlugin], None]) -> None
     from tinker_core.executors.local import LOCAL_EXECUTOR
 
     register(LOCAL_EXECUTOR)
+
+
+def _build_colocated(context: RankContext, handle: ModelHandle) -> RankSampler:
+    from tinker_core.sampling.colocated import build_sampler
+
+    return build_sampler(context, handle)
+
+
+@hookimpl
+def tinker_register_sampler(register: Callable[[SamplerPlugin], None]) -> None:
+    """Register ``colocated``: decodes inside the ranks of any trainer that offers a handle, on its base weights."""
+    register(SamplerPlugin(name="colocated", placement=Placement.WITH_TRAINER, build_in_rank=_build_colocated))
 
 
 @hookimpl

@@ -87,7 +87,10 @@ class ModelHandle(Protocol):
 
     @property
     def model(self) -> torch.nn.Module:
-        """The root module. Call it, never a part of it: sharded weights are gathered by the root's hooks."""
+        """The root module, which the sampler ``colocated`` calls as a `tinker_core.sampling.colocated.root.Root`.
+
+        Call it, never a part of it: sharded weights are gathered by the root's hooks.
+        """
 
     @property
     def device(self) -> torch.device:
@@ -97,6 +100,10 @@ class ModelHandle(Protocol):
     def dtype(self) -> torch.dtype:
         """Compute type of the model."""
 
+    @property
+    def eos_tokens(self) -> frozenset[int]:
+        """End-of-sequence ids of the base model; empty when it names none."""
+
     def copy_adapter(self, ref: WeightsRef) -> object:
         """A frozen copy of adapter weights, in compute type, that no later training changes.
 
@@ -104,8 +111,12 @@ class ModelHandle(Protocol):
         of another base model.
         """
 
-    def save_adapter(self, adapter: object, directory: str) -> None:
-        """Write a copy made by `copy_adapter` as a PEFT directory that ``copy_adapter`` can read again."""
+    def capture_adapter(self, adapter: object) -> StateWriter:
+        """Something that writes a copy made by `copy_adapter` as a PEFT directory that ``copy_adapter`` can read again.
+
+        All ranks call this in the same order, and what they hold parts of comes together here: the writer, which runs
+        in rank 0 at any later time, can wait for no other rank. The writers of other ranks write nothing.
+        """
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's value of a tensor, in every rank; the tensor itself when the world is one rank."""
@@ -262,6 +273,10 @@ class TrainerPlugin:
     choose_ranks: Callable[[int, Mapping[str, OptionValue]], int] | None = None
     """Takes ``--num-ranks`` and option values, and gives the number of ranks to start; raises `ConfigurationError` for
     numbers that do not go together. Runs in the server process: must stay light. None: as many as asked for."""
+    check_handle: Callable[[Mapping[str, OptionValue]], None] | None = None
+    """Takes option values when a sampler is to run inside the ranks; raises `ConfigurationError` where `model_handle`
+    would give None, and says what to change. Runs in the server process, before anything is started: must stay light.
+    """
 
 
 @attrs.frozen(kw_only=True)

@@ -115,7 +115,12 @@ class Admission:
 
 
 def check_servable(config: LoraConfig, sampler: SamplerCapabilities) -> None:
-    """Raise `InvalidLoraConfigError` for an adapter that could be trained and not be sampled from."""
+    """Raise `InvalidLoraConfigError` for an adapter that could be trained and not be sampled from.
+
+    Rank 0, all parameters, is no adapter.
+    """
+    if config.rank == 0:
+        return
     if sampler.max_lora_rank is not None and config.rank > sampler.max_lora_rank:
         raise InvalidLoraConfigError(
             f"lora_config.rank is {config.rank}, and the sampler of this server serves up to {sampler.max_lora_rank}"

@@ -56,6 +56,11 @@ class AgreementGate:
         Raises `UnsupportedFeatureError` where nothing can be compared, and `WorkerLostError` when the workers die.
         """
         reason = self._why_not(pair)
+        if reason is None and pair.trainer.full_parameter:
+            reason = (
+                "trainer and sampler are compared at start only: this server trains all parameters, and the model that "
+                "would be compared is where the client's is"
+            )
         if reason is not None:
             raise UnsupportedFeatureError(f"base model {self._spec.name!r}: {reason}")
         if self._running is None:

@@ -64,7 +64,9 @@ _NUM_TEXTS, _NUM_GIVEN, _NUM_SAMPLED, _NUM_SAMPLES = 3, 16, 8, 2
 """Few, because a start waits for them, and enough that a mean of them means something."""
 _RANK = 4
 _MAX_STEPS = 16
-_STEP = AdamParams(learning_rate=0.01, eps=1e-8)
+_LEARNING_RATE = 0.01
+_FULL_LEARNING_RATE = 1e-4
+"""Of the first step where all parameters are trained, which a larger one could break; it doubles with every step."""
 
 
 @attrs.frozen(kw_only=True)
@@ -100,7 +102,7 @@ async def compare(pair: Pair, findings: Findings) -> None:
     if lora is None:
         findings.notes.append("adapters were not compared: the sampler takes none from this trainer")
         await probe.compare_bare()
-    elif not await probe.compare_adapter(ADAPTER, lora):
+    elif not await probe.compare_adapter(ADAPTER, lora) and lora.rank > 0:
         await probe.compare_parts()
 
 
@@ -116,12 +118,16 @@ class _Probe:
 
     async def compare_bare(self) -> None:
         """The base model alone: given tokens, and sampled ones if those agree."""
-        async with self._model(LoraConfig(rank=1, seed=0)) as model:  # its B is zero
+        rank = 0 if self._pair.trainer.full_parameter else 1  # its B is zero
+        async with self._model(LoraConfig(rank=rank, seed=0)) as model:
             if await self._compare_given(BASE, await model.logprobs(self._texts), None):
                 await self._compare_decode(model, None)
 
     async def compare_adapter(self, name: str, lora: LoraConfig) -> bool:
-        """An adapter: False if the base model agrees on given tokens, and the base model with it does not."""
+        """An adapter: False if the base model agrees on given tokens, and the base model with it does not.
+
+        Of rank 0 it is all parameters.
+        """
         async with self._model(lora) as model:
             before = await model.logprobs(self._texts, gradient=True)
             if name == ADAPTER and not await self._compare_given(BASE, before, None):
@@ -167,8 +173,9 @@ class _Probe:
         """Take steps until the adapter says something else than the base model, whose gradient is there; what it says
         then."""
         change = 0.0
-        for _ in range(_MAX_STEPS):
-            await model.step()
+        for count in range(_MAX_STEPS):
+            full = min(_LEARNING_RATE, _FULL_LEARNING_RATE * 2**count)
+            await model.step(full if self._pair.trainer.full_parameter else _LEARNING_RATE)
             now = await model.logprobs(self._texts, gradient=True)
             change = mean_change(before, now)
             if change >= self._findings.telling_change:
@@ -273,8 +280,9 @@ class _ProbeModel:
         _require(result.error)
         return [output["logprobs"].to_numpy() for output in result.output.loss_fn_outputs]
 
-    async def step(self) -> None:
-        step = PreparedOptimStep(request_id=_MODEL_ID, model_id=_MODEL_ID, adam_params=_STEP)
+    async def step(self, learning_rate: float) -> None:
+        params = AdamParams(learning_rate=learning_rate, eps=1e-8)
+        step = PreparedOptimStep(request_id=_MODEL_ID, model_id=_MODEL_ID, adam_params=params)
         (result,) = await self._group.call("optim_step", (step,))
         _require(result.error)
 
@@ -299,7 +307,12 @@ class _Exported:
 
 
 def _adapter_config(pair: Pair, parts: Iterable[str]) -> LoraConfig | None:
-    """A small adapter with some parts, as far as the sampler serves them; None when it serves none of them."""
+    """A small adapter with some parts, as far as the sampler serves them; None when it serves none of them.
+
+    Where all parameters are trained it is those, in place of an adapter with all parts.
+    """
+    if pair.trainer.full_parameter:
+        return LoraConfig(rank=0, seed=0)
     sampler = pair.sampler.capabilities()
     bounds = [_RANK, pair.trainer.max_lora_rank, *([] if sampler.max_lora_rank is None else [sampler.max_lora_rank])]
     served = sampler.lora_targets

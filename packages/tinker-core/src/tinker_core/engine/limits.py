@@ -171,6 +171,10 @@ class KeyLimiter:
         limits = caller.limits
         if limits.max_rank is not None and rank > limits.max_rank:
             raise KeyLimitError(f"rank {rank} is above {limits.max_rank}, the highest LoRA rank of this API key")
+        if limits.max_rank is not None and rank == 0:
+            raise KeyLimitError(
+                f"rank 0 means all parameters, and this API key may train LoRA up to rank {limits.max_rank} only"
+            )
         if caller.key_id is None:
             return
         state = self._state(caller.key_id)

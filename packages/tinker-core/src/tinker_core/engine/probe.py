@@ -33,10 +33,12 @@ async def probe_training(group: WorkerGroup, capabilities: GroupCapabilities) ->
 
     A trainer without the loss or optimizer of the probe is only asked to create and unload.
     """
-    model = PreparedModel(
-        model_id=_MODEL_ID, lora_config=LoraConfig(rank=1, seed=0), optimizer_config=OptimizerConfig(type=_OPTIMIZER)
-    )
     trainer = capabilities.trainer
+    model = PreparedModel(
+        model_id=_MODEL_ID,
+        lora_config=LoraConfig(rank=0 if trainer.full_parameter else 1, seed=0),
+        optimizer_config=OptimizerConfig(type=_OPTIMIZER),
+    )
     if _OPTIMIZER not in trainer.optimizers:
         return
     await group.call("create", model)

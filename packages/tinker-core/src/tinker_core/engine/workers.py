@@ -19,7 +19,7 @@ from tinker_core.errors import ConfigurationError
 from tinker_core.executors.protocol import GroupCapabilities
 from tinker_core.interfaces import Sampler, SamplerPlugin, TrainerPlugin, WorkerGroup, WorkerGroupSpec
 from tinker_core.plugins import Plugins
-from tinker_core.types import BaseModelSpec
+from tinker_core.types import BaseModelSpec, Placement
 
 
 def trainer_plugin(config: EngineConfig, plugins: Plugins) -> TrainerPlugin:
@@ -51,9 +51,14 @@ def choose_ranks(config: EngineConfig, plugins: Plugins) -> int:
 def check_plugins(config: EngineConfig, plugins: Plugins) -> None:
     """Ask trainer and sampler, before anything is started, whether they could start; raises `ConfigurationError`."""
     choose_ranks(config, plugins)
+    trainer = trainer_plugin(config, plugins)
     for spec in config.base_models:
         plugin = sampler_plugin(spec, config, plugins)
-        if plugin is not None and plugin.check is not None:
+        if plugin is None:
+            continue
+        if plugin.placement is Placement.WITH_TRAINER and trainer.check_handle is not None:
+            trainer.check_handle(config.options)
+        if plugin.check is not None:
             plugin.check(spec, config.device, config.options)
 
 

@@ -202,16 +202,17 @@ class RankLoop:
         """Answer a command's exception as its error; in a larger world an unexpected one ends the rank.
 
         The ranks of a world must stay in step.  A deliberate error is a function of the shared state, so every rank
-        raised it; anything else may have happened here only, and the next collective would hang.
+        raised it; anything else may have happened here only, and the next collective would hang.  It may also be how
+        the death of another rank looks from here, so the command is not blamed for it: it runs again with new workers.
         """
         try:
             run(*args)
         except TinkerError as error:
             self._answers.error(command, describe_error(error))
         except Exception as error:
-            self._answers.error(command, describe_error(error))
             if self._world_size > 1:
                 raise
+            self._answers.error(command, describe_error(error))
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 

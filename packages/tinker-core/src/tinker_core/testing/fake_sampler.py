@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import attrs
@@ -78,10 +77,10 @@ class FakeSampler:
             self._revisions[revision] = self._handle.copy_adapter(ref)
 
     def capture_revision(self, revision: str) -> StateWriter:
-        """The adapter never changes, so that a copy is not needed."""
+        """What the trainer makes of the adapter."""
         if revision not in self._revisions:
             raise UnknownCheckpointError(revision)
-        return partial(self._handle.save_adapter, self._revisions[revision])
+        return self._handle.capture_adapter(self._revisions[revision])
 
     def retire(self, revision: str) -> None:
         """Drop the adapter."""

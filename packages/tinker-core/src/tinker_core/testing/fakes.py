@@ -164,9 +164,12 @@ class FakeHandle:
             return FakeAdapter(lora=live.lora, a=live.a.copy(), b=live.b.copy())
         return read_adapter(Path(ref.directory or ""), self._trainer.context.base_model.name)
 
-    def save_adapter(self, adapter: FakeAdapter, directory: str) -> None:
-        """Write a frozen copy."""
-        write_adapter(adapter, Path(directory), self._trainer.context.base_model.name, CheckpointType.SAMPLER)
+    def capture_adapter(self, adapter: FakeAdapter) -> StateWriter:
+        """The copy never changes and is whole in every rank, so that nothing is to be collected."""
+        if self._trainer.context.rank != 0:
+            return lambda directory: None
+        name = self._trainer.context.base_model.name
+        return lambda directory: write_adapter(adapter, Path(directory), name, CheckpointType.SAMPLER)
 
 
 def write_adapter(

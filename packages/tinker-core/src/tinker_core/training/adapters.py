@@ -9,6 +9,7 @@ Shapes: A ``[rank, in]``, B ``[out, rank]``; the update of a linear is ``scale *
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import attrs
 import torch
@@ -55,7 +56,7 @@ class AdapterLayout:
         """This rank's part of a row of `whole`."""
         return row
 
-    def views(self, row: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def views(self, row: torch.Tensor) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
         """(A, B) of every module as views of ``row`` ``[size]``."""
         views = {}
         for linear in self.linears:
@@ -106,3 +107,5 @@ class Segment:
     """None: the bare base model."""
     gradient: AdapterGradient | None = None
     """Where backward adds; None: nothing is wanted."""
+    owner: int = -1
+    """Index of its request in a pass, by which ranks that compute other ranks' tokens find whose they are."""

@@ -140,6 +140,13 @@ class PassLayout:
             items=items,
         )
 
+    def tenants(self, gradients: Sequence[AdapterGradient | None]) -> tuple[Segment, ...]:
+        """An empty segment for each request, in the order of owners: for ranks that compute other ranks' tokens."""
+        return tuple(
+            Segment(start=0, end=0, weights=request.state.weights, gradient=gradient, owner=owner)
+            for owner, (request, gradient) in enumerate(zip(self.requests, gradients, strict=True))
+        )
+
     def _segments(
         self, items: Sequence[PackItem], starts: Sequence[int], gradients: Sequence[AdapterGradient | None]
     ) -> tuple[Segment, ...]:
@@ -150,7 +157,8 @@ class PassLayout:
                 segments[-1] = attrs.evolve(segments[-1], end=end)
             else:
                 weights = self.requests[item.owner].state.weights
-                segments.append(Segment(start=start, end=end, weights=weights, gradient=gradients[item.owner]))
+                gradient = gradients[item.owner]
+                segments.append(Segment(start=start, end=end, weights=weights, gradient=gradient, owner=item.owner))
             previous = item.owner
         return tuple(segments)
 

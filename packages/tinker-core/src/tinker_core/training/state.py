@@ -163,9 +163,16 @@ class ModelState:
 class ModelTable:
     """The models of a trainer by id."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, when_taken: str | None = None) -> None:
+        """``when_taken``: what one model too many is told, where more cannot be had with ``--max-models``."""
         self._capacity = capacity
+        self._when_taken = when_taken or (
+            f"all {capacity} models of this server are in use; finish a session, or raise --max-models"
+        )
         self._models: dict[str, ModelState] = {}
+
+    def __len__(self) -> int:
+        return len(self._models)
 
     def __getitem__(self, model_id: str) -> ModelState:
         if model_id not in self._models:
@@ -177,9 +184,7 @@ class ModelTable:
         if model_id in self._models:
             raise InvalidRequestError(f"model {model_id!r} exists already")
         if len(self._models) >= self._capacity:
-            raise CapacityError(
-                f"all {self._capacity} models of this server are in use; finish a session, or raise --max-models"
-            )
+            raise CapacityError(self._when_taken)
 
     def add(self, state: ModelState) -> None:
         """Keep a model."""

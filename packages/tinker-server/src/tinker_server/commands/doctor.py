@@ -11,7 +11,9 @@ from pathlib import Path
 import attrs
 import orjson
 
+from tinker_core.engine import EngineConfig
 from tinker_core.engine.lock import is_locked
+from tinker_core.engine.workers import choose_ranks
 from tinker_core.errors import ConfigurationError
 from tinker_core.plugins import Plugins
 from tinker_server.arguments import parse_arguments
@@ -84,9 +86,8 @@ def _settings(flags: Sequence[str], plugins: Plugins) -> tuple[ServerConfig | No
 def _look_at(config: ServerConfig, plugins: Plugins) -> Iterator[Finding]:
     data_dir = Path(config.data_dir).expanduser().resolve()
     device = choose_device(config.device, os.environ)
-    yield from machine.check_device(device, config.num_ranks)
     engine_config = config.engine_config(plugins=plugin_names(os.environ), device=device)
-    yield from check_chosen_sampler(engine_config, plugins)
+    yield from _check_workers(engine_config, plugins)
     yield from machine.check_memory()
     yield from machine.check_files(config.max_connections)
     yield from storage.check_data_dir(data_dir)
@@ -98,6 +99,16 @@ def _look_at(config: ServerConfig, plugins: Plugins) -> Iterator[Finding]:
         yield from storage.check_journal(data_dir)
     yield from check_checkpoints(config.checkpoint_store, data_dir)
     yield from machine.check_port(config, usable and is_locked(data_dir))
+
+
+def _check_workers(config: EngineConfig, plugins: Plugins) -> Iterator[Finding]:
+    try:
+        num_ranks = choose_ranks(config, plugins)
+    except ConfigurationError as error:
+        yield fail("workers", str(error), "mend what it names")
+        return
+    yield from machine.check_device(config.device, num_ranks)
+    yield from check_chosen_sampler(config, plugins)
 
 
 def _as_json(findings: Sequence[Finding]) -> str:

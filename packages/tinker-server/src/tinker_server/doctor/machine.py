@@ -48,7 +48,7 @@ def check_device(device: str, num_ranks: int) -> Iterator[Finding]:
     if int(number) < num_ranks:
         yield fail(
             "device",
-            f"torch {version} sees {number} CUDA devices, --num-ranks {num_ranks} needs as many",
+            f"torch {version} sees {number} CUDA devices; the {num_ranks} ranks of a base model need one each",
             "install a torch with CUDA and its driver, check CUDA_VISIBLE_DEVICES, or choose --device cpu",
         )
         return

@@ -65,7 +65,7 @@ def read_create_model(body: Body) -> CreateModelInput | RejectedRequest:
 
 def _lora_config(fields: Fields, metadata: JsonObject | None) -> LoraConfig:
     if not fields.has("lora_config"):
-        raise InvalidLoraConfigError("lora_config is required; full-parameter training does not exist yet")
+        raise InvalidLoraConfigError("lora_config is required; rank 0 asks for training of all parameters")
     lora = fields.nested("lora_config")
     own = read_adapter_settings(metadata)
     config = LoraConfig(

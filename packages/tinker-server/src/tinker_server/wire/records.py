@@ -10,6 +10,7 @@ from tinker_core.types import (
     CheckpointRecord,
     CheckpointType,
     JsonObject,
+    LoraConfig,
     ModelMetadata,
     SamplerRecord,
     SessionSummary,
@@ -48,6 +49,11 @@ def checkpoint_to_json(record: CheckpointRecord) -> JsonObject:
     }
 
 
+def _kind_to_json(config: LoraConfig) -> JsonObject:
+    """Rank 0 means all parameters."""
+    return {"is_lora": config.rank > 0, "lora_rank": config.rank or None}
+
+
 def training_run_to_json(record: TrainingRunRecord, checkpoints: list[CheckpointRecord]) -> JsonObject:
     """SDK ``TrainingRun``; ``checkpoints`` are the run's own, newest first."""
     newest: dict[CheckpointType, JsonObject] = {}
@@ -57,9 +63,8 @@ def training_run_to_json(record: TrainingRunRecord, checkpoints: list[Checkpoint
         "training_run_id": record.model_id,
         "base_model": record.base_model,
         "model_owner": record.owner,
-        "is_lora": True,
+        **_kind_to_json(record.lora_config),
         "corrupted": False,
-        "lora_rank": record.lora_config.rank,
         "last_request_time": _time(record.last_request_at),
         "last_checkpoint": newest.get(CheckpointType.TRAINING),
         "last_sampler_checkpoint": newest.get(CheckpointType.SAMPLER),
@@ -73,8 +78,7 @@ def model_info_to_json(record: TrainingRunRecord, architecture: str) -> JsonObje
         "type": "get_info",
         "model_id": record.model_id,
         "model_name": record.base_model,
-        "is_lora": True,
-        "lora_rank": record.lora_config.rank,
+        **_kind_to_json(record.lora_config),
         "optimizer_config": {"type": record.optimizer_config.type, **record.optimizer_config.settings},
         "model_data": {"arch": architecture, "model_name": record.base_model, "tokenizer_id": None},
     }
@@ -85,8 +89,7 @@ def weights_info_to_json(record: CheckpointRecord) -> JsonObject:
     lora = record.lora_config
     return {
         "base_model": record.base_model,
-        "is_lora": True,
-        "lora_rank": lora.rank,
+        **_kind_to_json(lora),
         "train_attn": lora.train_attn,
         "train_mlp": lora.train_mlp,
         "train_unembed": lora.train_unembed,

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 
 import torch
 
-from tinker_backend_fsdp.root import Unembed
-from tinker_backend_fsdp.sampler.cache import SequenceCache
-from tinker_backend_fsdp.sampler.packing import DecodeToken, Packed, Part, PromptChunk, pack
-from tinker_backend_fsdp.sampler.progress import Job, RunningSequence, step_numbers
-from tinker_backend_fsdp.sampler.revisions import Revisions
 from tinker_core.errors import InvalidRequestError, NonFiniteError, TinkerError
 from tinker_core.interfaces import ModelHandle, RankContext, StateWriter
+from tinker_core.sampling.colocated.cache import SequenceCache
+from tinker_core.sampling.colocated.packing import DecodeToken, Packed, Part, PromptChunk, pack
+from tinker_core.sampling.colocated.progress import Job, RunningSequence, step_numbers
+from tinker_core.sampling.colocated.revisions import Revisions
+from tinker_core.sampling.colocated.root import Root, Unembed
 from tinker_core.sampling.drawing import Drawn, draw
-from tinker_core.sampling.stopping import StopRules, eos_tokens
+from tinker_core.sampling.stopping import StopRules
 from tinker_core.training.adapters import AdapterWeights, Segment
 from tinker_core.types import (
     PreparedSample,
@@ -44,6 +44,8 @@ class ColocatedSampler:
         self._budget = context.micro_batch_tokens
         self._max_running = context.max_decode_batch
         self._one_by_one = context.deterministic
+        self._swaps_weights = handle.capabilities.full_parameter
+        """Whether a revision is all parameters, so that what is computed together must be of one revision."""
         # On CUDA cumulative sums have no reproducible kernel.
         self._draws_on = torch.device("cpu") if context.deterministic else handle.device
         trainer = handle.capabilities
@@ -55,8 +57,8 @@ class ColocatedSampler:
             max_topk=MAX_TOPK,
         )
         path = context.base_model.path
-        eos = eos_tokens(handle.model.get_submodule("causal_lm"), path)
-        self._stop_rules = StopRules(path, eos, trainer.vocab_size)
+        self._stop_rules = StopRules(path, handle.eos_tokens, trainer.vocab_size)
+        self._rows_at_once = max(1, LOGIT_CELLS // trainer.vocab_size)
         self._revisions = Revisions(handle, context.max_revisions)
         self._jobs: dict[str, Job] = {}
         self._waiting: deque[Job] = deque()
@@ -142,9 +144,9 @@ class ColocatedSampler:
         running = len(self._running)
         budget = max(1, self._budget - running)
         wanted = running + sum(job.num_waiting for job in self._starting)
-        chunks = []
+        chunks: list[tuple[Job, PromptChunk]] = []
         for job in self._waiting:
-            if budget == 0 or wanted >= self._max_running:
+            if budget == 0 or wanted >= self._max_running or not self._may_join(job, chunks):
                 break
             chunk = job.next_chunk(budget)
             chunks.append((job, chunk))
@@ -157,6 +159,13 @@ class ColocatedSampler:
                 self._waiting.remove(job)
                 self._starting.append(job)
         return chunks
+
+    def _may_join(self, job: Job, chunks: Sequence[tuple[Job, PromptChunk]]) -> bool:
+        """Whether a job can be computed together with all that is in progress, and with the chunks of this step."""
+        if not self._swaps_weights:
+            return True
+        running = (sequence.job for pool in self._running.pools for sequence in pool.owners)
+        return all(other.weights is job.weights for other in (*running, *self._starting, *(one for one, _ in chunks)))
 
     def _start(self, sequences: list[RunningSequence], logits: list[torch.Tensor]) -> None:
         """Add first tokens to the batch: as many new sequences as there are places."""
@@ -199,13 +208,12 @@ class ColocatedSampler:
             for part, start in zip(packed.parts, packed.starts, strict=True):
                 if isinstance(part, PromptChunk):
                     rows = hidden[start : start + len(part.tokens)]
-                    score_chunk(jobs[id(part)], part, rows, unembed, self._draws_on)
+                    score_chunk(jobs[id(part)], part, rows, unembed, self._rows_at_once, self._draws_on)
             rows = hidden if packed.rows is None else hidden[packed.rows]
             return unembed.logits(rows, packed.row_segments).float()
 
-        logits: torch.Tensor = self._handle.model(
-            packed.input_ids, packed.position_ids, packed.plan, packed.segments, head
-        )
+        root: Root = self._handle.model
+        logits = root(packed.input_ids, packed.position_ids, packed.plan, packed.segments, head)
         packed.plan.commit()
         return self._sort_rows(packed, jobs, logits)
 
@@ -272,11 +280,12 @@ class ColocatedSampler:
         self._results.append(SampleResult(request_id=request_id, error=record))
 
 
-def score_chunk(job: Job, chunk: PromptChunk, hidden: torch.Tensor, unembed: Unembed, device: torch.device) -> None:
+def score_chunk(
+    job: Job, chunk: PromptChunk, hidden: torch.Tensor, unembed: Unembed, rows: int, device: torch.device
+) -> None:
     """Hand the logits that a job asks about its prompt to its scores, on ``device``, some rows at a time."""
     first = max(job.scores.first_row, chunk.offset)
     last = min(chunk.end, len(job.prompt) - 1)
-    rows = max(1, LOGIT_CELLS // unembed.weight.shape[0])
     for start in range(first, last, rows):
         part = hidden[start - chunk.offset : min(last, start + rows) - chunk.offset]
         job.scores.add(start, unembed.logits(part, whole_segment(job.weights, part.shape[0])).float().to(device))

@@ -15,7 +15,7 @@ import attrs
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
-from tinker_backend_fsdp.sampler.cache import Pool, PromptCache
+from tinker_core.sampling.colocated.cache import Pool, PromptCache
 from tinker_core.training.adapters import AdapterWeights, Segment
 
 O = TypeVar("O")  # noqa: E741 - an owner

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from tinker_core.errors import CapacityError, UnknownCheckpointError
 from tinker_core.interfaces import ModelHandle, StateWriter
 from tinker_core.training.adapters import AdapterWeights
@@ -30,7 +28,7 @@ class Revisions:
 
     def capture(self, revision: str) -> StateWriter:
         """Something that writes a revision, which never changes, at any later time."""
-        return partial(self._handle.save_adapter, self._find(revision))
+        return self._handle.capture_adapter(self._find(revision))
 
     def retire(self, revision: str) -> None:
         """Drop a revision."""

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tinker_backend_fsdp.sampler.cache import PromptCache
-from tinker_backend_fsdp.sampler.packing import PromptChunk
 from tinker_core.sampling.checking import check_extras, check_params, check_prompt
+from tinker_core.sampling.colocated.cache import PromptCache
+from tinker_core.sampling.colocated.packing import PromptChunk
 from tinker_core.sampling.numbers import Stream, uniforms, words
 from tinker_core.sampling.scoring import PromptScores, TopkTable
 from tinker_core.sampling.stopping import StopRules

@@ -1,0 +1,1 @@
+"""An example trainer: Llama in plain PyTorch."""

@@ -1,0 +1,1 @@
+"""Training of all parameters of the base model, by one tenant at a time."""
