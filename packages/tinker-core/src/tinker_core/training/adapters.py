@@ -56,6 +56,10 @@ class AdapterLayout:
         """This rank's part of a row of `whole`."""
         return row
 
+    def norm(self, row: torch.Tensor) -> float:
+        """Euclidean norm of the whole row, of which ranks may hold parts; then a collective."""
+        return float(torch.linalg.vector_norm(row))
+
     def views(self, row: torch.Tensor) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
         """(A, B) of every module as views of ``row`` ``[size]``."""
         views = {}
