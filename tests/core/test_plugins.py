@@ -90,8 +90,8 @@ def test_a_hook_that_does_not_exist_is_an_error() -> None:
 
 
 def test_a_plugin_that_is_not_installed_is_an_error_that_lists_those_that_are() -> None:
-    with pytest.raises(PluginError, match=r"'megatron' is not installed; installed plugins: .*core"):
-        Plugins.load("megatron")
+    with pytest.raises(PluginError, match=r"'absent' is not installed; installed plugins: .*core"):
+        Plugins.load("absent")
     with pytest.raises(PluginError, match=r"no\.such\.module"):
         Plugins.load("no.such.module")
 
