@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tinker_backend_fsdp.handle import make_handle
 from tinker_backend_fsdp.loading import load_model
 from tinker_backend_fsdp.packed import FsdpPackedModel
 from tinker_core.interfaces import RankContext, TrainerParts
+from tinker_core.sampling.stopping import eos_tokens
 from tinker_core.training.handle import LiveModelHandle
 from tinker_core.training.packed_trainer import BaseModelShape, PackedTrainer, prepare_rank
 from tinker_core.training.world import World
@@ -33,4 +33,5 @@ class FsdpTrainer(PackedTrainer):
 
     def model_handle(self) -> LiveModelHandle:
         """The live model."""
-        return make_handle(self._loaded, self.models, self.world, self.capabilities(), self.context.base_model)
+        root = self._loaded.root
+        return self.live_handle(root, eos_tokens(root.get_submodule("causal_lm"), self.context.base_model.path))

@@ -21,9 +21,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from tinker_backend_megatron.context import PassContext
-from tinker_backend_megatron.fused_lora import LoraPart, fused_lora_linear
 from tinker_backend_megatron.row_owners import owners_of_rows, row_segments
 from tinker_core.training.adapters import Segment
+from tinker_core.training.lora import LoraPart, multi_lora_linear
 
 
 class Router(TopKRouter):  # type: ignore[misc]
@@ -59,7 +59,7 @@ class ExpertLinear(nn.Module):
 
     def forward(self, rows: torch.Tensor, segments: tuple[Segment, ...]) -> torch.Tensor:
         """``[n, out]`` of ``[n, in]``; segments index the rows."""
-        return fused_lora_linear(rows, self.weight, None, self.parts, segments, self.pass_context.tag)
+        return multi_lora_linear(rows, self.weight, None, self.parts, segments, self.pass_context.tag)
 
 
 class Expert(nn.Module):

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import (
 )
 
 from tinker_backend_megatron.context import PassContext
-from tinker_backend_megatron.fused_lora import LoraPart, fused_lora_linear
+from tinker_core.training.lora import LoraPart, multi_lora_linear
 
 
 class LoraColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
@@ -42,7 +42,7 @@ class LoraColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
             x = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         bias = None if self.skip_bias_add else self.bias
         context = self.pass_context
-        y = fused_lora_linear(x, self.weight, bias, self.parts, context.segments, context.tag)
+        y = multi_lora_linear(x, self.weight, bias, self.parts, context.segments, context.tag)
         return y, self.bias if self.skip_bias_add else None
 
 
@@ -56,7 +56,7 @@ class LoraRowLinear(RowParallelLinear):  # type: ignore[misc]
         """All features (of the rank's tokens, with sequence parallelism), and the bias if it is to be added later."""
         assert self.bias is None
         context = self.pass_context
-        y = fused_lora_linear(input_, self.weight, None, self.parts, context.segments, context.tag)
+        y = multi_lora_linear(input_, self.weight, None, self.parts, context.segments, context.tag)
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(y, group=self.tp_group), None

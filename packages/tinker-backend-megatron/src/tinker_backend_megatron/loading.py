@@ -21,6 +21,7 @@ from tinker_backend_megatron.model_config import make_config
 from tinker_backend_megatron.root import MegatronRoot
 from tinker_backend_megatron.world import MegatronWorld
 from tinker_core.errors import ConfigurationError
+from tinker_core.sampling.stopping import eos_tokens_of
 from tinker_core.training.model_files import MODEL_FILE_PATTERNS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,6 +41,11 @@ class LoadedModel:
     def architecture(self) -> Architecture:
         """The shape of the model."""
         return self.model_map.architecture
+
+    @property
+    def eos_tokens(self) -> frozenset[int]:
+        """Where samples end unless they are told otherwise."""
+        return eos_tokens_of(str(self.directory), self.architecture.hf_config)
 
 
 def choose_dtype(name: str) -> torch.dtype:

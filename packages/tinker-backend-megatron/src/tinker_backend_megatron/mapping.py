@@ -12,11 +12,11 @@ import attrs
 import torch
 
 from tinker_backend_megatron.architecture import Architecture
-from tinker_backend_megatron.fused_lora import LoraPart, Section
 from tinker_backend_megatron.rows import LinearShard
 from tinker_backend_megatron.topology import Place, Topology
 from tinker_core.lora_targets import ATTENTION_TARGETS, MLP_TARGETS
 from tinker_core.training.adapters import LinearSpec
+from tinker_core.training.lora import LoraPart, Section
 
 
 @attrs.frozen(kw_only=True)
@@ -156,14 +156,14 @@ class ModelMap:
         if words[-1] == "linear_qkv":
             return self._fused_attention(prefix + "self_attn.")
         if words[-1] == "linear_proj":
-            return {prefix + "self_attn.o_proj": _all(model.hidden_size)}
+            return {prefix + "self_attn.o_proj": Section.whole(model.hidden_size)}
         prefix, half = prefix + "mlp.", model.ffn_size // tensor
         if model.experts is not None:
             assert words[-3] == "local_experts"
             expert = self.experts_of(place)[int(words[-2])]
             prefix, half = f"{prefix}experts.{expert}.", model.experts.ffn_size
         if words[-1] == "linear_fc2":
-            return {prefix + "down_proj": _all(model.hidden_size)}
+            return {prefix + "down_proj": Section.whole(model.hidden_size)}
         assert words[-1] == "linear_fc1"
         return {
             prefix + "gate_proj": Section(groups=1, width=2 * half, start=0, stop=half),
@@ -242,10 +242,6 @@ class ModelMap:
     def _rows(self, name: str, shape: tuple[int, int], place: Place) -> Piece:
         start, stop = _share(shape[0], place.tensor, self.topology.tensor)
         return Piece(name=name, shape=shape, start=start, stop=stop)
-
-
-def _all(size: int) -> Section:
-    return Section(groups=1, width=size, start=0, stop=size)
 
 
 def _whole(name: str, shape: tuple[int, ...]) -> Piece:

@@ -6,7 +6,6 @@ With ``--full-parameter`` it trains the base model itself, for one tenant at a t
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import attrs
 
@@ -14,11 +13,11 @@ from tinker_backend_megatron.architecture import plan_topology
 from tinker_backend_megatron.bridges import WEIGHTS_BRIDGE, choose_bridge
 from tinker_backend_megatron.full.option import FULL_PARAMETER
 from tinker_backend_megatron.full.training import WHEN_TAKEN, FullTraining, check_is_adapter
-from tinker_backend_megatron.handle import make_handle
 from tinker_backend_megatron.loading import LoadedModel, choose_dtype, load_model
 from tinker_backend_megatron.packed import MegatronPackedModel
 from tinker_backend_megatron.pipeline import PipelinePackedModel
 from tinker_backend_megatron.rows import ShardedLayout
+from tinker_backend_megatron.sampling_root import SamplingRoot
 from tinker_backend_megatron.te_option import uses_transformer_engine
 from tinker_backend_megatron.world import MegatronWorld
 from tinker_core.errors import UnsupportedFeatureError
@@ -86,15 +85,13 @@ class MegatronTrainer(PackedTrainer):
         self, plugin: OptimizerPlugin, settings: dict[str, SettingValue], layout: AdapterLayout
     ) -> Callable[[], FlatOptimizer]:
         """For rows of which ranks hold parts; raises `UnsupportedFeatureError` for a family that cannot step those."""
-        if plugin.build_sharded is not None:
-            return partial(plugin.build_sharded, settings, layout.norm)
         topology = self._world.topology
-        if topology.tensor * topology.pipeline * topology.expert > 1:
+        if plugin.build_sharded is None and topology.tensor * topology.pipeline * topology.expert > 1:
             raise UnsupportedFeatureError(
                 f"optimizer_config.type {plugin.name!r} cannot step rows that ranks share; use adamw, or a server "
                 "without tensor, pipeline and expert parallelism"
             )
-        return partial(plugin.build, settings)
+        return super().build_optimizer(plugin, settings, layout)
 
     def unload(self, model_id: str) -> None:
         """Forget a model; the base model becomes what it was. Raises `StorageError` when that cannot be read again."""
@@ -106,10 +103,10 @@ class MegatronTrainer(PackedTrainer):
         """The live model, where one stage has all of it."""
         if self._world.topology.pipeline > 1:
             return None
-        capabilities, base_model = self.capabilities(), self.context.base_model.name
         if self._full is not None:
-            return self._full.handle(self._loaded, self.models, self._world, capabilities, base_model)
-        return make_handle(self._loaded, self.models, self._world, capabilities, base_model, self.shard)
+            base_model = self.context.base_model.name
+            return self._full.handle(self._loaded, self.models, self._world, self.capabilities(), base_model)
+        return self.live_handle(SamplingRoot(self._loaded.root, self._world.topology.tensor), self._loaded.eos_tokens)
 
 
 def _load(context: RankContext) -> tuple[MegatronWorld, LoadedModel]:

@@ -49,7 +49,6 @@ def export_weights(
     world: MegatronWorld,
     *,
     prefix: str = "",
-    group: dist.ProcessGroup | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield ``(prefix + Hugging Face name, whole tensor on the CPU)`` in rank 0, and nothing in the others.
 
@@ -58,21 +57,19 @@ def export_weights(
     any device and of any type; all ranks of a parameter must have the same type.  No rank holds more than one whole
     tensor at a time.  Tensors come in the order of rank 0's parameters, then those of the other ranks.
 
-    ``group``, of all ranks and over host memory (gloo), is for a thread that exports while other collectives run.
-
     Raises `CheckpointMismatchError` in all ranks when the ranks together do not hold all of a tensor.
     """
     held = _pieces(parameters, model_map, world)
     mine = [_offer(piece, tensor) for piece, tensor in held]
-    plan = _plan(_exchange(mine, world, group))
+    plan = _plan(_exchange(mine, world))
     places = {offer: place for place, offer in reversed(list(enumerate(mine)))}
     for offers in plan:
         if world.rank == 0:
-            yield prefix + offers[0][1].name, _assemble(offers, places, held, group)
+            yield prefix + offers[0][1].name, _assemble(offers, places, held)
             continue
         for rank, offer in offers:
             if rank == world.rank:
-                dist.send(_take(held[places[offer]]), dst=0, group=group)
+                dist.send(_take(held[places[offer]]), dst=0)
 
 
 def _pieces(
@@ -93,17 +90,17 @@ def _offer(piece: Piece, tensor: torch.Tensor) -> Offer:
     return Offer(name=piece.name, dtype=dtype, shape=piece.shape, axis=piece.axis, start=piece.start, stop=piece.stop)
 
 
-def _exchange(mine: list[Offer], world: MegatronWorld, group: dist.ProcessGroup | None) -> list[list[Offer]]:
+def _exchange(mine: list[Offer], world: MegatronWorld) -> list[list[Offer]]:
     """Every rank's offers, in every rank."""
     if world.size == 1:
         return [mine]
     text = json.dumps([attrs.astuple(offer) for offer in mine]).encode()
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world.size)]
-    dist.all_gather(sizes, torch.tensor([len(text)]), group=group)
+    dist.all_gather(sizes, torch.tensor([len(text)]))
     longest = max(int(size) for size in sizes)
     padded = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)
     texts = [torch.empty_like(padded) for _ in range(world.size)]
-    dist.all_gather(texts, padded, group=group)
+    dist.all_gather(texts, padded)
     return [[_read_offer(one) for one in json.loads(bytes(found.numpy()))] for found in texts]
 
 
@@ -146,7 +143,6 @@ def _assemble(
     offers: list[tuple[int, Offer]],
     places: dict[Offer, int],
     held: list[tuple[Piece, torch.Tensor]],
-    group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
     if len(offers) == 1 and offers[0][0] == 0:
         return _take(held[places[offers[0][1]]])
@@ -157,7 +153,7 @@ def _assemble(
             target.copy_(_take(held[places[offer]]))
             continue
         received = target if target.is_contiguous() else offer.room(whole=False)
-        dist.recv(received, src=rank, group=group)
+        dist.recv(received, src=rank)
         if received is not target:
             target.copy_(received)
     return whole

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from functools import partial
 
 import torch
 
@@ -11,7 +10,7 @@ from tinker_backend_nano.loading import load_llama
 from tinker_backend_nano.model import Llama
 from tinker_core.errors import ConfigurationError
 from tinker_core.interfaces import RankContext, TrainerParts
-from tinker_core.training.handle import ANY_RANK, LiveModelHandle
+from tinker_core.training.handle import LiveModelHandle
 from tinker_core.training.logprobs import LossHead
 from tinker_core.training.micro_batch import PassLayout
 from tinker_core.training.packed_trainer import BaseModelShape, PackedTrainer, prepare_rank
@@ -63,13 +62,4 @@ class NanoTrainer(PackedTrainer):
 
     def model_handle(self) -> LiveModelHandle:
         end = self.llama.config.get("eos_token_id")
-        return LiveModelHandle(
-            model=self.llama,
-            models=self.models,
-            world=self.world,
-            capabilities=self.capabilities(),
-            base_model=self.context.base_model.name,
-            dtype=self.shape.dtype,
-            eos_tokens=frozenset([] if end is None else end if isinstance(end, list) else [end]),
-            make_layout=partial(self.adapter_layout, max_rank=ANY_RANK),
-        )
+        return self.live_handle(self.llama, frozenset([] if end is None else end if isinstance(end, list) else [end]))

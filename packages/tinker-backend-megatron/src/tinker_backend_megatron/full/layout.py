@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -156,13 +157,14 @@ class FullLayout(AdapterLayout):
 
         Raises `StorageError` in all ranks together when the files can no longer be read; the row is then partly filled.
         """
-        failure: TinkerError | None = None
+        self._world.together(partial(self._read_base, row))
+
+    def _read_base(self, row: torch.Tensor) -> None:
         try:
             with WeightFiles(self.directory, device=row.device) as files:
                 self.read(row, files)
         except TinkerError as error:
-            failure = StorageError(f"the base model's weights have changed, or cannot be read again: {error}")
-        self._world.fail_together(failure)
+            raise StorageError(f"the base model's weights have changed, or cannot be read again: {error}") from error
 
     def read(self, row: torch.Tensor, files: WeightFiles, *, prefix: str = "") -> None:
         """Fill a row from files of the whole model; raises `CheckpointMismatchError` and `StorageError`."""

@@ -16,7 +16,6 @@ from tinker_backend_megatron.sampling_root import SamplingRoot
 from tinker_backend_megatron.world import MegatronWorld
 from tinker_core.errors import InvalidLoraConfigError
 from tinker_core.interfaces import FlatOptimizer
-from tinker_core.sampling.stopping import eos_tokens_of
 from tinker_core.training.passes import PackedModel
 from tinker_core.training.state import ModelTable
 from tinker_core.types import LoraConfig, PreparedModel, TrainerCapabilities
@@ -68,7 +67,7 @@ class FullTraining:
             world=world,
             capabilities=capabilities,
             base_model=base_model,
-            eos_tokens=eos_tokens_of(str(loaded.directory), loaded.architecture.hf_config),
+            eos_tokens=loaded.eos_tokens,
         )
 
     def new_state(self, model: PreparedModel, make_builder: MakeBuilder) -> FullModelState:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from tinker_core.errors import CheckpointMismatchError, TinkerError, UnsupportedFeatureError
+from tinker_core.errors import CheckpointMismatchError, UnsupportedFeatureError
 from tinker_core.interfaces import StateWriter
 from tinker_core.training.adapters import AdapterLayout, AdapterWeights
 from tinker_core.training.host_copies import HostCopies
@@ -70,18 +71,8 @@ class LiveModelHandle:
             row = state.row.detach().to(self.dtype, copy=True)
             return FrozenAdapter(state.layout, row, state.manifest(CheckpointType.SAMPLER, self._base_model))
         if ref.transport is Transport.FILE and ref.directory is not None:
-            return self._read_together(Path(ref.directory))
+            return self._world.together(partial(self._read, Path(ref.directory)))
         raise UnsupportedFeatureError(f"weights cannot be copied by {ref.transport}; use in_process or file")
-
-    def _read_together(self, directory: Path) -> FrozenAdapter:
-        adapter, failure = None, None
-        try:
-            adapter = self._read(directory)
-        except TinkerError as error:
-            failure = error
-        self._world.fail_together(failure)
-        assert adapter is not None
-        return adapter
 
     def _read(self, directory: Path) -> FrozenAdapter:
         manifest = read_manifest(directory)

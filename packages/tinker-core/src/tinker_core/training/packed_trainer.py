@@ -9,8 +9,9 @@ from typing import ClassVar
 
 import attrs
 import torch
+from torch import nn
 
-from tinker_core.errors import ConfigurationError, TinkerError, UserError
+from tinker_core.errors import ConfigurationError, UserError
 from tinker_core.executors.rank_loop import describe_error
 from tinker_core.interfaces import (
     FlatOptimizer,
@@ -25,6 +26,7 @@ from tinker_core.optimizer_families import check_step_family, require_family
 from tinker_core.training.adapters import AdapterLayout, LinearSpec
 from tinker_core.training.determinism import make_deterministic
 from tinker_core.training.graphs.loss import custom_loss_plugin
+from tinker_core.training.handle import ANY_RANK, LiveModelHandle
 from tinker_core.training.host_copies import HostCopies
 from tinker_core.training.micro_batch import PassRequest
 from tinker_core.training.passes import PackedModel, PassRunner
@@ -152,9 +154,10 @@ class PackedTrainer(Trainer):
     def build_optimizer(
         self, plugin: OptimizerPlugin, settings: dict[str, SettingValue], layout: AdapterLayout
     ) -> Callable[[], FlatOptimizer]:
-        """For rows of a layout; a trainer that cuts rows needs ``plugin.build_sharded``."""
-        del layout
-        return partial(plugin.build, settings)
+        """For rows of a layout. A trainer that cuts rows refuses a family without ``build_sharded``."""
+        if plugin.build_sharded is None:
+            return partial(plugin.build, settings)
+        return partial(plugin.build_sharded, settings, layout.norm)
 
     def unload(self, model_id: str) -> None:
         """Forget a model."""
@@ -215,20 +218,27 @@ class PackedTrainer(Trainer):
     def restore(self, model_id: str, directory: str, parts: SnapshotParts) -> None:
         """Read a training checkpoint in every rank; all of them take it over, or none."""
         state = self.models[model_id]
-        saved, failure = None, None
-        try:
-            saved = state.read(Path(directory), self.context.base_model.name, parts)
-        except TinkerError as error:
-            failure = error
-        self.world.fail_together(failure)
-        assert saved is not None
-        state.take(saved)
+        read = partial(state.read, Path(directory), self.context.base_model.name, parts)
+        state.take(self.world.together(read))
 
     # --- the rest -----------------------------------------------------------------------------------------------------
 
     def model_handle(self) -> ModelHandle | None:
         """The live model for samplers inside the ranks, where a trainer offers it."""
         return None
+
+    def live_handle(self, root: nn.Module, eos_tokens: frozenset[int]) -> LiveModelHandle:
+        """A handle of this trainer's adapters on a root module that a sampler can call."""
+        return LiveModelHandle(
+            model=root,
+            models=self.models,
+            world=self.world,
+            capabilities=self.capabilities(),
+            base_model=self.context.base_model.name,
+            dtype=self.shape.dtype,
+            eos_tokens=eos_tokens,
+            make_layout=partial(self.adapter_layout, max_rank=ANY_RANK),
+        )
 
     def close(self) -> None:
         """Leave the process group."""

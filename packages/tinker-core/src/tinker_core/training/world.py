@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from tinker_core.errors import ConfigurationError, StorageError, TinkerError
 from tinker_core.interfaces import RankContext
 from tinker_core.training.adapters import AdapterGradient
+
+T = TypeVar("T")
 
 _TEXT_BYTES = 4096
 
@@ -84,6 +87,16 @@ class World:
             raise error
         if text is not None:
             raise StorageError(f"another rank failed: {text}")
+
+    def together(self, work: Callable[[], T]) -> T:
+        """The result of work that touches files; raises in all ranks when it raises `TinkerError` in any."""
+        try:
+            result = work()
+        except TinkerError as error:
+            self.fail_together(error)
+            raise
+        self.fail_together(None)
+        return result
 
     def close(self) -> None:
         """Leave the process group."""
