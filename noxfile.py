@@ -15,6 +15,7 @@ PACKAGES = {
     "tinker-core": "tinker_core",
     "tinker-backend-fsdp": "tinker_backend_fsdp",
     "tinker-backend-megatron": "tinker_backend_megatron",
+    "tinker-jobs": "tinker_jobs",
     "tinker-sampler-vllm": "tinker_sampler_vllm",
     "tinker-server": "tinker_server",
 }

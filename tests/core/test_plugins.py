@@ -18,10 +18,10 @@ from tinker_core.interfaces import (
     ExecutorPlugin,
     LossPlugin,
     OptimizerPlugin,
-    RewardRecipePlugin,
     SamplerPlugin,
     TrainerPlugin,
 )
+from tinker_core.rewards import Reward, RewardRecipePlugin
 from tinker_core.testing.fakes import FAKE_PLUGIN
 from tinker_core.types import BaseModelSpec, Placement, RequestError, RequestType
 
@@ -51,7 +51,7 @@ class Everything:
 
     @hookimpl
     def tinker_register_reward_recipe(self, register: Callable[[RewardRecipePlugin], None]) -> None:
-        register(RewardRecipePlugin(name="acme", score=lambda completion, row, params: 1.0))
+        register(RewardRecipePlugin(name="acme", score=lambda judged: Reward(value=1.0)))
 
 
 COLLECTED: dict[str, Callable[[Plugins], dict[str, Any]]] = {

@@ -33,6 +33,8 @@ def forbidden_in(package: str) -> set[str]:
         return others | HTTP | SDK
     if package == "tinker_server":
         return others | TORCH | SDK
+    if package == "tinker_jobs":
+        return others | (TORCH - {"transformers"})  # an HTTP service, and a client of the SDK that needs tokenizers
     return others | HTTP | SDK
 
 
@@ -69,6 +71,7 @@ def test_all_packages_are_looked_at() -> None:
         "tinker_server",
         "tinker_backend_fsdp",
         "tinker_backend_megatron",
+        "tinker_jobs",
         "tinker_sampler_vllm",
     } <= set(SOURCES)
 

@@ -19,13 +19,14 @@ from tinker_core.errors import ConfigurationError
 from tinker_core.storage import ControlStore, schema
 from tinker_core.storage.addresses import parse_url
 from tinker_core.storage.database import open_database
+from tinker_core.storage.schema import CONTROL, Schema
 from tinker_core.storage.tables import metadata
 
 
 def revision_of(url: str) -> str | None:
     engine = sa.create_engine(parse_url(url))
     with engine.connect() as connection:
-        found = schema.present_revision(connection)
+        found = CONTROL.present_revision(connection)
     engine.dispose()
     return found
 
@@ -42,7 +43,7 @@ def test_the_names_of_the_migrations_are_their_revisions_in_order() -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(schema.__file__).parent / "migrations"))
     scripts = list(ScriptDirectory.from_config(config).walk_revisions())
-    assert tuple(reversed([script.revision for script in scripts])) == schema.revisions()
+    assert tuple(reversed([script.revision for script in scripts])) == CONTROL.revisions()
 
 
 def test_a_database_of_newer_code_is_refused_and_left_alone(new_database: str) -> None:
@@ -73,7 +74,7 @@ def test_a_migration_that_fails_leaves_nothing_behind(new_database: str, monkeyp
     assert sa.inspect(engine).get_table_names() == []
     engine.dispose()
     open_database(new_database).dispose()
-    assert revision_of(new_database) == schema.revisions()[-1]
+    assert revision_of(new_database) == CONTROL.revisions()[-1]
 
 
 def test_of_servers_that_start_at_once_one_migrates_and_all_start(
@@ -84,7 +85,7 @@ def test_of_servers_that_start_at_once_one_migrates_and_all_start(
     number = 3
     together = threading.Barrier(number)
     migrated = []
-    real_upgrade, real_check = command.upgrade, schema.is_current
+    real_upgrade, real_check = command.upgrade, Schema.is_current
 
     def upgrade(*args: Any, **kwargs: Any) -> None:
         migrated.append(threading.get_ident())
@@ -92,15 +93,15 @@ def test_of_servers_that_start_at_once_one_migrates_and_all_start(
 
     checked = threading.local()
 
-    def is_current(connection: sa.Connection) -> bool:
-        found = real_check(connection)
+    def is_current(self: Schema, connection: sa.Connection) -> bool:
+        found = real_check(self, connection)
         if connection.dialect.name == "postgresql" and not hasattr(checked, "once"):
             checked.once = True
             together.wait(60)  # all of them have seen the empty database; with SQLite only one at a time can look
         return found
 
     monkeypatch.setattr(command, "upgrade", upgrade)
-    monkeypatch.setattr(schema, "is_current", is_current)
+    monkeypatch.setattr(Schema, "is_current", is_current)
     with ThreadPoolExecutor(number) as pool:
         for engine in pool.map(open_database, [new_database] * number):
             engine.dispose()

@@ -8,14 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import pluggy
 
 if TYPE_CHECKING:
-    from tinker_core.interfaces import (
-        ExecutorPlugin,
-        LossPlugin,
-        OptimizerPlugin,
-        RewardRecipePlugin,
-        SamplerPlugin,
-        TrainerPlugin,
-    )
+    from tinker_core.extensions import CommandPlugin, ServicePlugin
+    from tinker_core.interfaces import ExecutorPlugin, LossPlugin, OptimizerPlugin, SamplerPlugin, TrainerPlugin
+    from tinker_core.rewards import EnvironmentPlugin, RewardRecipePlugin
     from tinker_core.types import RequestError, RequestType
 
 PROJECT = "tinker_core"
@@ -56,6 +51,21 @@ def tinker_register_optimizer(register: Callable[[OptimizerPlugin], None]) -> No
 @hookspec
 def tinker_register_reward_recipe(register: Callable[[RewardRecipePlugin], None]) -> None:
     """Register reward recipes for hosted reinforcement-learning jobs."""
+
+
+@hookspec
+def tinker_register_environment(register: Callable[[EnvironmentPlugin], None]) -> None:
+    """Register providers of environments that the policy of a job does its task in."""
+
+
+@hookspec
+def tinker_register_service(register: Callable[[ServicePlugin], None]) -> None:
+    """Register services: parts of the server that begin and end with it, with routes and a database of their own."""
+
+
+@hookspec
+def tinker_register_command(register: Callable[[CommandPlugin], None]) -> None:
+    """Register commands of ``tinker-server``."""
 
 
 @hookspec

@@ -466,12 +466,3 @@ class ExecutorPlugin:
     name: str
     start: Callable[[WorkerGroupSpec], Any]
     """Async: returns a ready `WorkerGroup`, or raises with the ranks' own error."""
-
-
-@attrs.frozen(kw_only=True)
-class RewardRecipePlugin:
-    """A named server-side reward: completion and row in, score out."""
-
-    name: str
-    score: Callable[[str, Mapping[str, object], Mapping[str, object]], float]
-    """(completion, dataset row, parameters) -> reward."""

@@ -15,20 +15,26 @@ import pluggy
 
 from tinker_core import hookspecs
 from tinker_core.errors import PluginError
-from tinker_core.interfaces import (
-    ExecutorPlugin,
-    LossPlugin,
-    OptimizerPlugin,
-    RewardRecipePlugin,
-    SamplerPlugin,
-    TrainerPlugin,
-)
+from tinker_core.extensions import CommandPlugin, ServicePlugin
+from tinker_core.interfaces import ExecutorPlugin, LossPlugin, OptimizerPlugin, SamplerPlugin, TrainerPlugin
+from tinker_core.rewards import EnvironmentPlugin, RewardRecipePlugin
 from tinker_core.types import CUSTOM_LOSS, RequestError, RequestType
 
 ALL = "*"
 """Stands for every installed plugin in `Plugins.load`."""
 
-_P = TypeVar("_P", TrainerPlugin, SamplerPlugin, ExecutorPlugin, LossPlugin, OptimizerPlugin, RewardRecipePlugin)
+_P = TypeVar(
+    "_P",
+    TrainerPlugin,
+    SamplerPlugin,
+    ExecutorPlugin,
+    LossPlugin,
+    OptimizerPlugin,
+    RewardRecipePlugin,
+    EnvironmentPlugin,
+    ServicePlugin,
+    CommandPlugin,
+)
 
 
 @attrs.frozen(kw_only=True)
@@ -124,6 +130,18 @@ class Plugins:
     def reward_recipes(self) -> dict[str, RewardRecipePlugin]:
         """Registered reward recipes by name."""
         return self._collect("tinker_register_reward_recipe", "reward recipe")
+
+    def environments(self) -> dict[str, EnvironmentPlugin]:
+        """Registered providers of environments by name."""
+        return self._collect("tinker_register_environment", "environment provider")
+
+    def services(self) -> dict[str, ServicePlugin]:
+        """Registered services by name."""
+        return self._collect("tinker_register_service", "service")
+
+    def commands(self) -> dict[str, CommandPlugin]:
+        """Registered commands by name."""
+        return self._collect("tinker_register_command", "command")
 
     def routes(self) -> list[Any]:
         """Registered Starlette routes, in order of plugin name."""

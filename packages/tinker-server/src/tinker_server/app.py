@@ -27,6 +27,7 @@ from tinker_server.errors import (
     detail,
     path_of,
 )
+from tinker_server.extensions import Extensions
 from tinker_server.life import ServerLife
 from tinker_server.limits import DEFAULT_LIMITS, Limits
 from tinker_server.metrics import Metrics, MetricsMiddleware, templates_of
@@ -65,6 +66,7 @@ def create_app(
     access_log: bool = False,
     life: ServerLife | None = None,
     runs_engine: bool = True,
+    own_url: str | None = None,
 ) -> Starlette:
     """An app around an engine, which it starts and stops with its own lifespan unless ``runs_engine`` is false.
 
@@ -85,13 +87,21 @@ def create_app(
         jwt_auth=jwt_auth,
         flags=flags,
     )
+    extensions = Extensions(plugins, services, own_url)
     metrics = Metrics(engine, services.gate, life or ServerLife())
     templates: dict[object, str] = {}
 
     app = Starlette(
-        routes=[*_api_routes(services), metrics.route(), _plugins_route(plugins), *_plugin_routes(plugins)],
+        routes=[
+            *_api_routes(services),
+            *extensions.routes(),
+            Route(API_PREFIX + "/{path:path}", _not_implemented, methods=_METHODS),
+            metrics.route(),
+            _plugins_route(plugins),
+            *_plugin_routes(plugins),
+        ],
         exception_handlers=_ERROR_ANSWERS,
-        lifespan=_lifespan(engine if runs_engine else None, metrics, services.gate),
+        lifespan=_lifespan(engine if runs_engine else None, metrics, extensions, services.gate),
         middleware=[
             Middleware(AccessLogMiddleware, enabled=access_log),
             Middleware(MetricsMiddleware, metrics=metrics, templates=templates),
@@ -105,9 +115,9 @@ def create_app(
 
 
 def _lifespan(
-    engine: Engine | None, metrics: Metrics, gate: PollGate
+    engine: Engine | None, metrics: Metrics, extensions: Extensions, gate: PollGate
 ) -> Callable[[Starlette], contextlib.AbstractAsyncContextManager[None]]:
-    """What begins and ends with the app: the engine if there is one to run, and watching it."""
+    """What begins and ends with the app: the engine if there is one to run, watching it, and services of plugins."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -115,6 +125,7 @@ def _lifespan(
             if engine is not None:
                 await stack.enter_async_context(engine)
             await stack.enter_async_context(metrics.observing())
+            await stack.enter_async_context(extensions.running())
             yield
             gate.close()
 
@@ -151,8 +162,7 @@ def _api_routes(services: Services) -> list[BaseRoute]:
         BillingRoutes(services),
         AgreementRoutes(services),
     )
-    rest = Route(API_PREFIX + "/{path:path}", _not_implemented, methods=_METHODS)
-    return [*(route for noun in nouns for route in noun.routes()), rest]
+    return [route for noun in nouns for route in noun.routes()]
 
 
 async def _not_implemented(request: Request) -> Response:

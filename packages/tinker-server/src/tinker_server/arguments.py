@@ -87,12 +87,13 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
 
 
 def plugin_options(plugins: Plugins) -> dict[str, tuple[Option, ...]]:
-    """Options by "trainer NAME" or "sampler NAME"; an option that several share word for word appears once.
+    """Options by "trainer NAME", "sampler NAME" or "service NAME"; one that several share word for word appears once.
 
     Raises `PluginError` when two mean different things by one name.
     """
     sources = {f"trainer {name}": trainer.options for name, trainer in sorted(plugins.trainers().items())}
     sources |= {f"sampler {name}": sampler.options for name, sampler in sorted(plugins.samplers().items())}
+    sources |= {f"service {name}": service.options for name, service in sorted(plugins.services().items())}
     owners: dict[str, tuple[str, Option]] = {}
     found: dict[str, tuple[Option, ...]] = {}
     for owner, options in sources.items():
@@ -120,6 +121,7 @@ def _with_chosen_options(config: ServerConfig, plugins: Plugins) -> ServerConfig
                 f"--sampler {config.sampler!r} is not installed; installed: {_names(samplers)}, none"
             )
         options += samplers[config.sampler].options
+    options += [option for service in plugins.services().values() for option in service.options]
     defaults = {option.name: option.default for option in options}
     foreign = sorted(config.options.keys() - defaults.keys())
     if foreign:

@@ -6,14 +6,14 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = ("database", "doctor", "keys", "plugins", "tokens", "usage")
-"""What the first argument may be; anything else is a flag of the server."""
+"""What the first argument may be besides the commands of plugins; flags are settings of the server."""
 FOREGROUND = "--no-supervisor"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status, 2 for settings that cannot work."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given and given[0] in COMMANDS:
+    if given and not given[0].startswith("-"):
         from tinker_server.commands.run import run_command
 
         return run_command(given[0], given[1:])

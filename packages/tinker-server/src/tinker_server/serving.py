@@ -105,6 +105,7 @@ async def _serve(
             access_log=config.access_log,
             life=life,
             runs_engine=False,
+            own_url=own_url_of(listener),
         )
         server = TinkerUvicorn(
             uvicorn.Config(
@@ -276,6 +277,12 @@ def url_of(listener: socket.socket) -> str:
     """The base URL for clients."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def own_url_of(listener: socket.socket) -> str:
+    """The base URL for programs of this machine, also where the server listens on every address."""
+    host, port = listener.getsockname()[:2]
+    return {"0.0.0.0": f"http://127.0.0.1:{port}", "::": f"http://[::1]:{port}"}.get(host, url_of(listener))
 
 
 def within_file_limit(limits: Limits) -> Limits:

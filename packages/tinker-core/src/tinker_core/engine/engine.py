@@ -48,6 +48,7 @@ from tinker_core.logs import log_context
 from tinker_core.plugins import Plugins
 from tinker_core.scheduler import Work
 from tinker_core.storage.checkpoints import open_checkpoint_store
+from tinker_core.storage.database import Database
 from tinker_core.storage.journal import Journal
 from tinker_core.storage.secret import derive_key, load_secret
 from tinker_core.types import (
@@ -113,6 +114,8 @@ class Engine:
         """Saved weights and what is done with them besides saving and loading; there once the engine is entered."""
         self.catalogue: Catalogue
         """Sessions as they are searched and arranged; there once the engine is entered."""
+        self.database: Database
+        """The control database; there once the engine is entered."""
         self.traces = Traces(config.data_dir / "traces")
         """What the requests of each session did when."""
         self.polls: Polls
@@ -255,6 +258,7 @@ class Engine:
         stack.push_async_callback(control.close)
         accounts = Accounts(control, self._clock, self._can_progress, self._config.load_bounds)
         self.accounts = await stack.enter_async_context(accounts)
+        self.database = control.database
         server_id = control.server_id
         assert server_id is not None
         store = open_checkpoint_store(config.checkpoint_store, data_dir, config.checkpoint_cache_bytes, server_id)
@@ -313,6 +317,16 @@ class Engine:
             for name, base in self._bases.items()
             if base.state == "ready"
         )
+
+    @property
+    def config(self) -> EngineConfig:
+        """Its settings."""
+        return self._config
+
+    @property
+    def clock(self) -> Clock:
+        """Its time."""
+        return self._clock
 
     def now(self) -> datetime:
         """The aware UTC time of the engine's clock."""

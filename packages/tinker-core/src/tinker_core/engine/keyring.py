@@ -14,6 +14,7 @@ import attrs
 from tinker_core.engine.audit import AuditLog
 from tinker_core.engine.clock import Clock
 from tinker_core.errors import AuthenticationError, DatabaseUnavailableError, UnknownKeyError
+from tinker_core.extensions import IssuedKey
 from tinker_core.storage.keys import KeyStore
 from tinker_core.types import LOCAL_CALLER, ApiKeyRecord, Caller, KeyLimits
 
@@ -112,6 +113,22 @@ class KeyRing:
         if record is None:
             raise UnknownKeyError(key_id)
         return number, record
+
+    async def issue(self, key_id: str | None, name: str, expires_at: datetime) -> IssuedKey | None:
+        """A key with owner and limits of another one; None for no key, which is all that a server without keys has.
+
+        Raises `AuthenticationError` when the other key opens nothing any more.
+        """
+        if key_id is None:
+            return None
+        caller = await self.caller_with_key_id(key_id)
+        key, record = new_key(caller.owner, name, self._clock.now(), limits=caller.limits, expires_at=expires_at)
+        await self._store.add(record)
+        return IssuedKey(key=key, key_id=record.key_id)
+
+    async def extend(self, key_id: str, expires_at: datetime) -> None:
+        """Let a key expire at another time; raises `UnknownKeyError`."""
+        await self._store.extend(key_id, expires_at)
 
     async def revoke(self, key_id: str) -> None:
         """Make a key useless at once; raises `UnknownKeyError`."""

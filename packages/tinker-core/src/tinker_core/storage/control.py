@@ -54,6 +54,11 @@ class ControlStore(Rows):
         """The same store as a server has it, which looks after its own records only."""
         return ControlStore(attrs.evolve(self._database, server_id=server_id))
 
+    @property
+    def database(self) -> Database:
+        """Where the records are, for tables of others beside them."""
+        return self._database
+
     async def close(self) -> None:
         """Finish what is running and close the database; the store cannot be used afterwards."""
         await self._database.close()

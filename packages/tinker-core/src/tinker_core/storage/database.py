@@ -16,7 +16,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from tinker_core.errors import ConfigurationError
 from tinker_core.storage.addresses import database_url, parse_url, shown
 from tinker_core.storage.columns import to_json
-from tinker_core.storage.schema import migrate, present_revision
+from tinker_core.storage.schema import CONTROL, Schema
 from tinker_core.storage.tables import metadata
 from tinker_core.storage.transactions import run_transaction, words_of
 
@@ -83,7 +83,7 @@ class Database:
             writer=writer,
             readers=_threads("control-reader", _READERS),
             # Unlike a query, this is no part of what a transaction has seen: it sees what is there once it has begun.
-            alone=f"LOCK TABLE {', '.join(metadata.tables)} IN SHARE ROW EXCLUSIVE MODE",
+            alone=_alone(metadata),
         )
 
     async def write(self, work: Callable[[sa.Connection], _T]) -> _T:
@@ -95,11 +95,27 @@ class Database:
         """Do some work that only reads, on one state of the database; see `run_transaction`."""
         return await asyncio.get_running_loop().run_in_executor(self.readers, run_transaction, self.reading, work)
 
+    async def migrate(self, schema: Schema) -> None:
+        """Bring a package's own tables up to date; raises `ConfigurationError` for what newer code has written."""
+        # Who waited for another server's migrations must see them: an isolated transaction would not.
+        postgres = self.writing.dialect.name == "postgresql"
+        engine = self.writing.execution_options(isolation_level="READ COMMITTED") if postgres else self.writing
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self.writer, run_transaction, engine, schema.migrate)
+
+    def of_tables(self, tables: sa.MetaData) -> Database:
+        """The same database for the sake of a package's own tables, which are in nobody else's way."""
+        return attrs.evolve(self, alone=None if self.alone is None else _alone(tables))
+
     async def close(self) -> None:
         """Finish what is running and close all connections."""
         await asyncio.to_thread(self.readers.shutdown)
         await asyncio.to_thread(self.writer.shutdown)
         await asyncio.to_thread(self.writing.dispose)
+
+
+def _alone(tables: sa.MetaData) -> str:
+    return f"LOCK TABLE {', '.join(tables.tables)} IN SHARE ROW EXCLUSIVE MODE"
 
 
 def _threads(name: str, number: int) -> ThreadPoolExecutor:
@@ -118,7 +134,7 @@ def open_database(url: str) -> sa.Engine:
     migrating = engine if _is_sqlite(address) else engine.execution_options(isolation_level="READ COMMITTED")
     try:
         with migrating.begin() as connection:
-            migrate(connection)
+            CONTROL.migrate(connection)
     except sa.exc.SQLAlchemyError as error:
         engine.dispose()
         hint = "its directory exists and is writable" if _is_sqlite(address) else "it runs and lets this user in"
@@ -140,7 +156,7 @@ def look_at_database(url: str) -> str | None:
     engine = _make_engine(address)
     try:
         with engine.connect() as connection:
-            return present_revision(connection)
+            return CONTROL.present_revision(connection)
     except sa.exc.SQLAlchemyError as error:
         raise ConfigurationError(f"control database {shown(address)!r} cannot be opened: {words_of(error)}") from error
     finally:

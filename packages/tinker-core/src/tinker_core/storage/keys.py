@@ -33,6 +33,11 @@ class KeyStore(Rows):
             raise UnknownKeyError(key_id)
         return int(number)
 
+    async def extend(self, key_id: str, expires_at: datetime) -> None:
+        """Set when a key expires. Raises `UnknownKeyError`."""
+        statement = sa.update(api_keys).where(api_keys.c.key_id == key_id).values(expires_at=expires_at)
+        await self._change(statement, UnknownKeyError(key_id))
+
     async def revoke(self, key_id: str, at: datetime) -> ApiKeyRecord:
         """Make a key useless from now on; a second time changes nothing. Raises `UnknownKeyError`."""
         found = api_keys.c.key_id == key_id

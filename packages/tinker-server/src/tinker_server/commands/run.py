@@ -11,6 +11,7 @@ import orjson
 from tinker_core.errors import ConfigurationError
 from tinker_core.logs import configure_logging
 from tinker_core.plugins import Plugins
+from tinker_server.cli import COMMANDS
 from tinker_server.commands.failures import reporting_failures
 from tinker_server.plugin_list import list_plugins, plugin_names
 
@@ -39,7 +40,17 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         from tinker_server.commands.doctor import run_doctor
 
         return run_doctor(arguments)
-    return _print_plugins(arguments)
+    if name == "plugins":
+        return _print_plugins(arguments)
+    return _run_plugin_command(name, arguments)
+
+
+def _run_plugin_command(name: str, arguments: Sequence[str]) -> int:
+    commands = Plugins.load(*plugin_names(os.environ)).commands()
+    if name not in commands:
+        known = ", ".join(sorted({*COMMANDS, *commands}))
+        raise ConfigurationError(f"{name!r} is not a command of tinker-server; commands: {known}; flags begin with --")
+    return commands[name].run(arguments)
 
 
 def _print_plugins(arguments: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ from tinker_core.errors import TinkerError
 from tinker_core.storage import database_url
 from tinker_core.storage.database import look_at_database
 from tinker_core.storage.journal.inspection import inspect_journal
-from tinker_core.storage.schema import revisions
+from tinker_core.storage.schema import CONTROL
 from tinker_server.config import ServerConfig
 from tinker_server.doctor.findings import Finding, fail, ok, warn
 
@@ -118,8 +118,8 @@ def check_database(config: ServerConfig, data_dir: Path) -> Iterator[Finding]:
     except TinkerError as error:
         yield fail("control database", str(error), "start the database, or correct --database-url")
         return
-    newest = revisions()[-1]
-    if present not in (None, *revisions()):
+    newest = CONTROL.revisions()[-1]
+    if present not in (None, *CONTROL.revisions()):
         text = f"schema {present}, which this version does not know"
         yield fail("control database", text, "upgrade tinker-core, or restore a backup from before the upgrade")
     elif present != newest:

@@ -1,0 +1,3 @@
+"""Hosted SFT, RL and GRPO training jobs for tinker-server."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""The command `tinker-server jobs`."""
+
+from __future__ import annotations
