@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import asyncio
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from tests.core.conftest import Client, forward_backward
 from tinker_core import Plugins, hookimpl
 from tinker_core.engine import Engine, EngineConfig, NewSession
 from tinker_core.errors import PluginError
+from tinker_core.extensions import CommandPlugin, ServicePlugin
 from tinker_core.interfaces import (
     ExecutorPlugin,
     LossPlugin,
@@ -21,7 +23,7 @@ from tinker_core.interfaces import (
     SamplerPlugin,
     TrainerPlugin,
 )
-from tinker_core.rewards import Reward, RewardRecipePlugin
+from tinker_core.rewards import EnvironmentPlugin, Reward, RewardRecipePlugin
 from tinker_core.testing.fakes import FAKE_PLUGIN
 from tinker_core.types import BaseModelSpec, Placement, RequestError, RequestType
 
@@ -53,6 +55,19 @@ class Everything:
     def tinker_register_reward_recipe(self, register: Callable[[RewardRecipePlugin], None]) -> None:
         register(RewardRecipePlugin(name="acme", score=lambda judged: Reward(value=1.0)))
 
+    @hookimpl
+    def tinker_register_environment(self, register: Callable[[EnvironmentPlugin], None]) -> None:
+        register(EnvironmentPlugin(name="acme", open=lambda task, seconds: None))  # type: ignore[arg-type, return-value]
+
+    @hookimpl
+    def tinker_register_service(self, register: Callable[[ServicePlugin], None]) -> None:
+        register(ServicePlugin(name="acme", build=lambda context: None))  # type: ignore[arg-type, return-value]
+
+    @hookimpl
+    def tinker_register_command(self, register: Callable[[CommandPlugin], None]) -> None:
+        run: Callable[[Any], int] = lambda arguments: 0  # noqa: E731
+        register(CommandPlugin(name="acme", help="do it", run=run, make_parser=argparse.ArgumentParser))
+
 
 COLLECTED: dict[str, Callable[[Plugins], dict[str, Any]]] = {
     "trainer": Plugins.trainers,
@@ -61,6 +76,9 @@ COLLECTED: dict[str, Callable[[Plugins], dict[str, Any]]] = {
     "loss": Plugins.losses,
     "optimizer": Plugins.optimizers,
     "reward recipe": Plugins.reward_recipes,
+    "environment provider": Plugins.environments,
+    "service": Plugins.services,
+    "command": Plugins.commands,
 }
 
 

@@ -71,10 +71,13 @@ def open_api(
     clock: Clock | None = None,
     port: int = 0,
     engine: Mapping[str, Any] | None = None,
+    more_plugins: Mapping[str, object] | None = None,
     **settings: Any,
 ) -> Iterator[Api]:
     """A server with fake models; ``sampler`` replaces the fake one, ``settings`` go to the app."""
     plugins = Plugins.load("core", FAKE_PLUGIN)
+    for name, plugin in (more_plugins or {}).items():
+        plugins.register(plugin, name)
     if sampler is not None:
         plugins.register(sampler, "held")
     config = EngineConfig(

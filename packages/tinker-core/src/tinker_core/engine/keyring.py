@@ -129,6 +129,7 @@ class KeyRing:
     async def extend(self, key_id: str, expires_at: datetime) -> None:
         """Let a key expire at another time; raises `UnknownKeyError`."""
         await self._store.extend(key_id, expires_at)
+        await self._read()
 
     async def revoke(self, key_id: str) -> None:
         """Make a key useless at once; raises `UnknownKeyError`."""
