@@ -15,7 +15,7 @@ import compatibility
 import custom_losses_reference
 import metrics_reference
 
-from tinker_core import Plugins, errors, hookspecs, interfaces
+from tinker_core import Plugins, errors, extensions, hookspecs, interfaces, rewards
 from tinker_core.training import losses
 from tinker_sampler_vllm.cli import make_parser as make_vllm_parser
 from tinker_server import plugin_list
@@ -78,10 +78,11 @@ def hooks_page() -> str:
         lines += [f"## {hook}", "", "```python", "@hookimpl", signature(hook) + ": ...", "```", ""]
         lines += [plain(getattr(hookspecs, hook).__doc__), ""]
         record = signature(hook).split("Callable[[")[-1].split("]")[0] if "Callable[[" in signature(hook) else ""
-        if not hasattr(interfaces, record):
+        module = next((one for one in (interfaces, extensions, rewards) if hasattr(one, record)), None)
+        if module is None:
             continue
-        lines += [f"`{record}`: {plain(getattr(interfaces, record).__doc__)}", ""]
-        lines += [f"- `{name}: {kind}` {text}".rstrip() for name, kind, text in field_docs(interfaces, record)]
+        lines += [f"`{record}`: {plain(getattr(module, record).__doc__)}", ""]
+        lines += [f"- `{name}: {kind}` {text}".rstrip() for name, kind, text in field_docs(module, record)]
         lines += [""]
     return "\n".join(lines)
 
