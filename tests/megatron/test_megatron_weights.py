@@ -130,7 +130,7 @@ class Trip:
     ranks: tuple[dict[str, Any], ...]
 
 
-WORLDS = [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+WORLDS = [pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2, 4)]
 
 
 @pytest.fixture(scope="module")

@@ -51,8 +51,9 @@ WORLDS = {
     "expert parallel": Setup(options=EXPERT),
     "tensor and expert parallel": Setup(options=TENSOR | EXPERT | {"sequence-parallel": True}),
 }
-EVERY_DAY = [("fsdp", "tensor parallel"), ("tensor parallel", "fsdp"), ("tensor parallel", "pipeline")]
+EVERY_DAY = [("fsdp", "tensor parallel"), ("tensor parallel", "fsdp")]
 ALSO = [
+    ("tensor parallel", "pipeline"),
     ("fsdp", "pipeline"),
     ("pipeline", "fsdp"),
     ("pipeline", "tensor parallel"),
