@@ -174,6 +174,21 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def dreadnode(session: nox.Session) -> None:
+    """Drive training jobs with the real dreadnode client and command, from an environment of their own."""
+    install_all(session, "tests")
+    session.install(*CONSTRAINTS, "--editable", "packages/tinker-jobs[ray]")
+    directory = Path(session.create_tmp()).resolve() / "dreadnode"
+    session.run("python", "-m", "venv", "--clear", str(directory))
+    python = directory / "bin" / "python"
+    lock = ROOT / "requirements" / "dreadnode.txt"
+    pip = (str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps")
+    session.run(*pip, "--requirement", str(lock), external=True)
+    client = {"TINKER_DREADNODE_PYTHON": str(python)}
+    session.run("pytest", "-m", "slow", "tests/dreadnode", *session.posargs, env=ONE_THREAD | client)
+
+
+@nox.session
 def sdk_representative(session: nox.Session) -> None:
     """Drive eleven releases of the SDK, and three with flags turned on, against a real server; records the verdicts."""
     install_all(session, "tests", "conformance")

@@ -13,10 +13,12 @@ from types import ModuleType
 
 import compatibility
 import custom_losses_reference
+import jobs_reference
 import metrics_reference
 
 from tinker_core import Plugins, errors, extensions, hookspecs, interfaces, rewards
 from tinker_core.training import losses
+from tinker_jobs.cli.command import make_jobs_parser
 from tinker_sampler_vllm.cli import make_parser as make_vllm_parser
 from tinker_server import plugin_list
 from tinker_server.arguments import make_parser
@@ -157,7 +159,7 @@ def flag_table(actions: list[argparse.Action]) -> list[str]:
 
 def cli_page() -> str:
     """All flags, those of the plugins in this repository too."""
-    parser = make_parser(Plugins.load("core", "fsdp", "megatron", "vllm"))
+    parser = make_parser(Plugins.load("core", "fsdp", "megatron", "vllm", "jobs"))
     lines = ["# tinker-server", "", str(parser.description), "", "```bash"]
     lines += [
         "tinker-server --backend fsdp --base-model NAME=PATH [--base-model ...] [flags]",
@@ -192,6 +194,7 @@ def cli_page() -> str:
         *command_section(make_usage_parser()),
         *command_section(make_database_parser()),
         *command_section(make_doctor_parser()),
+        *command_section(make_jobs_parser()),
         *command_section(make_vllm_parser()),
         "## Exit status",
         "",
@@ -235,6 +238,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "custom-losses.md": custom_losses_reference.page,
     "compatibility.md": compatibility.page,
     "metrics.md": metrics_reference.page,
+    "jobs.md": jobs_reference.page,
 }
 
 

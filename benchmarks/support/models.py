@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,6 +39,22 @@ def write_tiny_llama(directory: Path) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     return directory
+
+
+def write_chat_tokenizer(directory: Path) -> None:
+    """A tokenizer with one token per character, and a chat template, beside `write_tiny_llama`'s weights."""
+    specials = ("<bos>", "<eos>", "<unk>")
+    vocabulary = {token: index for index, token in enumerate((*specials, *map(chr, range(32, 127)), "\n"))}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template="{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}",
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(directory)
 
 
 def vocabulary_size(model: Path) -> int:

@@ -57,7 +57,7 @@ class Everything:
 
     @hookimpl
     def tinker_register_environment(self, register: Callable[[EnvironmentPlugin], None]) -> None:
-        register(EnvironmentPlugin(name="acme", open=lambda task, seconds: None))  # type: ignore[arg-type, return-value]
+        register(EnvironmentPlugin(name="acme", open=lambda task, inputs, seconds: None))  # type: ignore[arg-type, return-value]
 
     @hookimpl
     def tinker_register_service(self, register: Callable[[ServicePlugin], None]) -> None:

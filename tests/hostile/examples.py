@@ -80,6 +80,8 @@ _NODES = [
         "kwargs": {},
     },
 ]
+_DATASET = {"name": "gsm8k", "version": "1.0.0"}
+_RECIPE = {"name": "contains_v1", "params": {"needle": "x"}}
 
 BODIES: dict[str, list[dict[str, Any]]] = {
     "client/config": [{"sdk_version": "0.38.0"}],
@@ -154,6 +156,35 @@ BODIES: dict[str, list[dict[str, Any]]] = {
     "ttl": [{"ttl_seconds": 3600}],
     "publish": [{}],
     "project": [{"project_id": "p"}],
+    "training/jobs": [
+        {
+            "name": "n",
+            "model": "local/tiny",
+            "capability_ref": {"name": "helper", "version": "1.0.0"},
+            "tags": ["a"],
+            "backend": backend,
+            "trainer_type": trainer_type,
+            "config": {**config, "batch_size": 2, "learning_rate": 1e-4, "checkpoint_interval": 3},
+        }
+        for backend, trainer_type, config in (
+            ("tinker", "sft", {"dataset_ref": _DATASET, "trajectory_dataset_refs": [_DATASET]}),
+            ("tinker", "rl", {"algorithm": "ppo", "prompt_dataset_ref": _DATASET, "reward_recipe": _RECIPE}),
+            (
+                "tinker",
+                "rl",
+                {"algorithm": "ppo", "world_manifest_id": "lab", "world_reward": {"name": "goal_only_v1"}},
+            ),
+            ("ray", "rl", {"task_ref": "my-task@1.0.0", "prompt_dataset_ref": _DATASET, "reward_recipe": _RECIPE}),
+        )
+    ],
+    "cancel": [{}],
+    "retry": [{}],
+    "progress": [
+        {"event_type": "training_start", "message": "m", "level": "info", "data": {"a": 1}},
+        {"event_type": "step_complete", "metrics": {"steps": [1], "train/loss": [2.0], "train/loss_last": 2.0}},
+        {"event_type": "checkpoint_saved", "artifacts": {"latest_checkpoint": "tinker://x"}},
+        {"event_type": "eval_complete", "metrics": {"eval/steps": [1], "eval/loss": [2.0]}},
+    ],
     "{path:path}": [{"path": "$CHECKPOINT", "limit": 10, "name": "n", "ttl_seconds": 60, "model_id": "$MODEL"}],
 }
 """Bodies by the end of the route's path; the entry with the longest fitting end counts."""
@@ -171,6 +202,10 @@ PARAMETERS: dict[str, list[str]] = {
     "file": ["tinker.json", "weights.npz"],
     "path": ["weights/w0"],
     "tinker_path": ["$CHECKPOINT"],
+    "organization": ["local"],
+    "workspace": ["default"],
+    "project": ["p"],
+    "job_id": ["$JOB"],
 }
 """Good values of path parameters by name."""
 

@@ -9,6 +9,7 @@ import attrs
 import pytest
 
 from tests.e2e.conftest import run_server
+from tests.jobs.hosting import JobsApi, serve_jobs
 from tests.models import write_tiny_model
 
 
@@ -23,12 +24,17 @@ class JobServer:
 
 
 @pytest.fixture(scope="session")
+def jobs_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobsApi]:
+    """A server with fake models on which jobs stay queued."""
+    with serve_jobs(tmp_path_factory.mktemp("jobs-api")) as api:
+        yield api
+
+
+@pytest.fixture(scope="session")
 def job_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobServer]:
     root = tmp_path_factory.mktemp("jobs")
     model = write_tiny_model(root / "llama", "llama", tie=True, max_context=512)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TINKER_PLUGINS", "fsdp")  # INTERIM
-        yield from _serve(root, model)
+    yield from _serve(root, model)
 
 
 def _serve(root: Path, model: Path) -> Iterator[JobServer]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -104,6 +104,9 @@ class ServiceContext:
     """Who sent a Starlette request."""
     read_body: Callable[[Any], Awaitable[bytes]]
     """Async: the whole body of a Starlette request, within the server's limits of control bodies, size and time."""
+    until_stopping: Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
+    """Async: what something that is waited for results in, or None once the server begins to stop. An answer that
+    lasts waits by this, for the server closes only after its connections."""
     options: Mapping[str, OptionValue] = attrs.field(factory=dict)
     """The plugin's own `Option` values by name."""
 

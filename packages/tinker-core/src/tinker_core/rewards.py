@@ -73,7 +73,10 @@ class CommandResult:
 
 
 class TaskEnvironment(Protocol):
-    """One fresh place to do a task in. Used by one thread; its errors end the episode, not the job."""
+    """One fresh place to do a task in. Used by one thread; its errors end the episode, not the job.
+
+    Nothing can interrupt its methods: each must end within the seconds that the environment was opened for.
+    """
 
     def act(self, message: str) -> Observation:
         """Let the policy's message take effect."""
@@ -90,5 +93,6 @@ class EnvironmentPlugin:
     """A provider of environments, such as containers."""
 
     name: str
-    open: Callable[[Mapping[str, object], float], TaskEnvironment]
-    """(the task's file as it is, seconds that it may take) -> a fresh environment. Called in the job's process."""
+    open: Callable[[Mapping[str, object], Mapping[str, object], float], TaskEnvironment]
+    """(the task's file as it is, ``env_inputs`` or ``inputs`` of the dataset's row, seconds that it may live) -> a new
+    environment. Called in the job's process, in the thread that uses it."""

@@ -30,6 +30,10 @@ class JobRequestError(InvalidRequestError):
         return type(self), (self.mistakes,)
 
 
+class LibraryError(UserError):
+    """What the data directory lacks or cannot take: a dataset, capability, task or world, or a part of one."""
+
+
 class UnknownJobError(UserError, LookupError):
     """A job that does not exist, or belongs to somebody else."""
 

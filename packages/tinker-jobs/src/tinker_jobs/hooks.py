@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tinker_core.rewards import RewardRecipePlugin
 
 OPTIONS = (
-    Option(name="jobs-max-running", type=int, default=2, help="training jobs that run at once"),
+    Option(name="jobs-max-running", type=int, default=2, help="training jobs that run at once; 0 only queues them"),
     Option(
         name="jobs-organization", type=str, default="local", help="organization that clients of training jobs must name"
     ),
@@ -25,6 +25,12 @@ OPTIONS = (
         type=str,
         default="",
         help="Ray cluster for GRPO jobs, as host:port; empty starts a local one for each job",
+    ),
+    Option(
+        name="jobs-ray-server-url",
+        type=str,
+        default="",
+        help="URL at which the nodes of that cluster reach this server; empty where all are on its machine",
     ),
 )
 

@@ -92,3 +92,10 @@ class LogRecord:
     level: str
     message: str
     data: Mapping[str, Any]
+    event_type: str = "log"
+    """What happened, an `tinker_jobs.protocol.EventType`; or what the server did: ``queued``, ``started``, ``resumed``,
+    ``retried``, ``cancel_requested``, or the status that it ended the job with."""
+    metrics: Mapping[str, Any] = attrs.field(factory=dict)
+    """What was measured, as the event had it; of an end only the numbers, for the whole series are the job's."""
+    resume_step: int | None = None
+    """Optimizer steps behind the job where this line saved a state, or went back to one."""

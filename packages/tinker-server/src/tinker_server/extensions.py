@@ -115,6 +115,7 @@ def _build(plugin: ServicePlugin, plugins: Plugins, services: Services) -> Servi
             plugins=plugins,
             caller_of=caller_of,
             read_body=read_body,
+            until_stopping=services.gate.wait,
             options={name: config.options.get(name, default) for name, default in options.items()},
         )
     )

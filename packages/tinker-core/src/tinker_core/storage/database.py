@@ -56,6 +56,8 @@ class Database:
     true when it writes, whatever other servers do. One that would break that is rolled back, and done again alone.
     """
 
+    plain: sa.Engine
+    """Unlike on the two below, with Postgres every statement sees what others have committed by then."""
     writing: sa.Engine
     reading: sa.Engine
     writer: ThreadPoolExecutor
@@ -75,8 +77,9 @@ class Database:
             writer.shutdown(wait=False)
             raise
         if engine.dialect.name == "sqlite":
-            return cls(writing=engine, reading=engine, writer=writer, readers=writer, server_id=server_id)
+            return cls(plain=engine, writing=engine, reading=engine, writer=writer, readers=writer, server_id=server_id)
         return cls(
+            plain=engine.execution_options(isolation_level="READ COMMITTED"),
             server_id=server_id,
             writing=engine.execution_options(isolation_level="SERIALIZABLE"),
             reading=engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True),
@@ -98,10 +101,8 @@ class Database:
     async def migrate(self, schema: Schema) -> None:
         """Bring a package's own tables up to date; raises `ConfigurationError` for what newer code has written."""
         # Who waited for another server's migrations must see them: an isolated transaction would not.
-        postgres = self.writing.dialect.name == "postgresql"
-        engine = self.writing.execution_options(isolation_level="READ COMMITTED") if postgres else self.writing
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self.writer, run_transaction, engine, schema.migrate)
+        await loop.run_in_executor(self.writer, run_transaction, self.plain, schema.migrate)
 
     def of_tables(self, tables: sa.MetaData) -> Database:
         """The same database for the sake of a package's own tables, which are in nobody else's way."""

@@ -19,15 +19,22 @@ class JobService:
 
     def __init__(self, context: ServiceContext) -> None:
         self._context = context
-        self._library = Library(context.data_dir)
+        self._library = Library(context.data_dir, str(context.options["jobs-organization"]))
         self._jobs: Jobs | None = None
-        self._routes = JobRoutes(context, self._library, self.jobs)
+        self._server: RunningServer | None = None
+        self._routes = JobRoutes(context, self._library, self.jobs, self.server)
 
     def jobs(self) -> Jobs:
         """The jobs; there once the service has started."""
         if self._jobs is None:
             raise RuntimeError("the service 'jobs' has not started")
         return self._jobs
+
+    def server(self) -> RunningServer:
+        """The server around it; there once the service has started."""
+        if self._server is None:
+            raise RuntimeError("the service 'jobs' has not started")
+        return self._server
 
     def routes(self) -> Sequence[BaseRoute]:
         """The API of training jobs."""
@@ -37,6 +44,7 @@ class JobService:
         """Open the tables, take up what was left unfinished, and begin to run what is queued."""
         if server.url is None:
             raise ConfigurationError("the service 'jobs' must know where this server is reached; pass own_url")
+        self._server = server
         store = await JobStore.open(server.database)
         self._jobs = Jobs(store, server, self._context, url=server.url)
         await self._jobs.start()

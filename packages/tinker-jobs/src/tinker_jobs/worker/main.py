@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -22,8 +24,12 @@ SERVER_GONE = 3
 """Exit status of a process whose server has ended."""
 
 
+_PR_SET_PDEATHSIG = 1
+
+
 def main() -> int:
     """Run the job that standard input describes; 0 when its end was reported."""
+    _die_with_server()
     events = _take_standard_output()
     # Without a buffer, whose lock the thread below would hold when the interpreter ends.
     commands = open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)  # noqa: SIM115 - for the process's life
@@ -39,6 +45,12 @@ def main() -> int:
 
     _run(spec, send, cancelled)
     return 0
+
+
+def _die_with_server() -> None:
+    # The end of standard input tells of it too, but only once Python runs: not in the middle of a long computation.
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _take_standard_output() -> BinaryIO:

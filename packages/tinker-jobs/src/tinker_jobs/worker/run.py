@@ -35,7 +35,8 @@ class JobRun:
         self._send = send
         self._cancelled = cancelled
         self._checkpoints: list[str] = list(spec.artifacts.get("checkpoints", ()))
-        self._last_state: str | None = None if spec.resume is None else spec.resume.state_path
+        self._states: list[str] = [] if spec.resume is None else [spec.resume.state_path]
+        self._last_saved_step: int | None = None
 
     @property
     def first_step(self) -> int:
@@ -48,16 +49,50 @@ class JobRun:
         return tinker.ServiceClient(base_url=self.spec.base_url, api_key=self.spec.api_key)
 
     @cached_property
+    def rest(self) -> tinker.RestClient:
+        """The client of the server's records."""
+        return tinker.RestClient(base_url=self.spec.base_url, api_key=self.spec.api_key)
+
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's."""
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.spec.model_path)
         return tokenizer
 
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        """Paths of the weights saved so far, by this process and those before it."""
+        return tuple(self._checkpoints)
+
     # --- reporting ----------------------------------------------------------------------------------------------------
 
     def emit(self, event_type: EventType, message: str, **fields: Any) -> None:  # noqa: ANN401 - fields of JobEvent
-        """Report; ``fields`` are those of `JobEvent`."""
+        """Report; ``fields`` are those of `JobEvent`. The end of training brings the plots of its metrics along."""
+        if event_type is EventType.TRAINING_END:
+            self._keep_states(1)
+            plots = self.publish_plot(fields.get("metrics", {}))
+            fields["artifacts"] = {**fields.get("artifacts", {}), **plots}
         self._send(JobEvent(event_type=event_type, message=message, **fields))
+
+    def publish_plot(self, metrics: Mapping[str, Any]) -> dict[str, list[str]]:
+        """Draw the curve of metrics into the job's ``files/``; the artifact that names the files, if there is a curve.
+
+        A picture that cannot be written is reported and does not end the job, which has done its work.
+        """
+        from tinker_jobs.plots import FORMATS, curve_of, draw
+
+        curve, files = curve_of(metrics), self.spec.directory / "files"
+        if curve is None:
+            return {}
+        names = [f"{curve}.{ending}" for ending in FORMATS]
+        try:
+            files.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                draw(metrics, files / name)
+        except OSError as error:
+            self.log(f"the plot of the {curve} could not be written: {error}", level="warning")
+            return {}
+        return {"plots": names}
 
     def log(self, message: str, level: str = "info", **data: object) -> None:
         """Write a line to the job's log."""
@@ -99,10 +134,13 @@ class JobRun:
     ) -> str:
         """Save weights for sampling and, to resume from, the whole state; the path of the former.
 
-        The state before it is deleted: one is enough to go on from, and it is three times as large.
+        The state before the last is deleted: they are three times as large as the weights, and the last but one is
+        there until it is certain that the server has noted the last. Two names for one step share a state.
         """
         weights = client.save_weights_for_sampler(f"{name}").result().path
-        state = client.save_state(f"resume-{name}", overwrite=True).result().path
+        if self._last_saved_step != step:
+            self._states.append(client.save_state(f"resume-{name}", overwrite=True).result().path)
+        state, self._last_saved_step = self._states[-1], step
         if weights not in self._checkpoints:
             self._checkpoints.append(weights)
         self.emit(
@@ -112,7 +150,9 @@ class JobRun:
             data={"step": step, "path": weights},
             resume=ResumePoint(step=step, state_path=state, extra=dict(extra or {})),
         )
-        if self._last_state is not None and self._last_state != state:
-            self.service.create_rest_client().delete_checkpoint_from_tinker_path(self._last_state).result()
-        self._last_state = state
+        self._keep_states(2)
         return weights
+
+    def _keep_states(self, count: int) -> None:
+        while len(self._states) > count:
+            self.rest.delete_checkpoint_from_tinker_path(self._states.pop(0)).result()

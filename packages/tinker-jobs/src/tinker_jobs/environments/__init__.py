@@ -1,0 +1,3 @@
+"""Tasks done in environments that plugins provide, such as containers."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""One module per schema change, in order of their revision numbers."""
+
+from __future__ import annotations
