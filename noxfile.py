@@ -120,6 +120,22 @@ def megatron_newest(session: nox.Session) -> None:
     session.run("pytest", "-m", "not gpu", *tests, *session.posargs, env=ONE_THREAD)
 
 
+@nox.session
+def ray(session: nox.Session) -> None:
+    """Run GRPO jobs on a real Ray, in all modes, and kill their workers; a chat model in TINKER_TEST_MODEL is used."""
+    install_all(session, "tests")
+    session.install(*CONSTRAINTS, "--editable", f"{ROOT / 'packages/tinker-jobs'}[ray]")
+    session.run("pytest", "-m", "slow", "tests/jobs/test_jobs_grpo_ray.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def ray_nodes(session: nox.Session) -> None:
+    """Run GRPO jobs on two nodes in network namespaces, and lose one; needs root."""
+    install_all(session, "tests")
+    session.install(*CONSTRAINTS, "--editable", f"{ROOT / 'packages/tinker-jobs'}[ray]")
+    session.run("pytest", "-m", "slow", "tests/ray", *session.posargs, env=ONE_THREAD)
+
+
 @nox.session(python=["3.11", "3.12", "3.13"])
 def core_tests(session: nox.Session) -> None:
     """Test the torch-free part of tinker-core, and the server with the SDK, on every supported Python without torch."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import select
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +18,9 @@ from tinker_jobs.refs import FrozenTask
 READY = re.compile(r"rollout worker #\d+ on \S+/(\d+) is ready")
 
 
-def make_task(**grpo: Any) -> FrozenTask:
-    return FrozenTask(name="task", version="1.0.0", content={"grpo": grpo} if grpo else {})
+def make_task(instruction: str | None = None, **grpo: Any) -> FrozenTask:
+    content = {"instruction": instruction, "grpo": grpo or None}
+    return FrozenTask(name="task", version="1.0.0", content=content)
 
 
 def grpo_spec(
@@ -51,17 +54,33 @@ def trained_positions(events: Sequence[JobEvent]) -> list[int]:
     return sorted(position for event in steps for position in event.data["prompt_positions"])
 
 
-def processes_with(text: str) -> list[str]:
-    """Command lines of processes of which one argument or environment variable holds a text."""
-    found = []
+def processes_with(text: str) -> dict[int, str]:
+    """Command lines by process, of those that have a text in them or in their environment."""
+    found = {}
     for directory in Path("/proc").glob("[0-9]*"):
         try:
             environment, command = (directory / "environ").read_bytes(), (directory / "cmdline").read_bytes()
         except OSError:  # it has ended, or is ending
             continue
         if text.encode() in environment + command:
-            found.append(command.replace(b"\0", b" ").decode())
+            found[int(directory.name)] = command.replace(b"\0", b" ").decode().strip()
     return found
+
+
+def outliving(text: str, seconds: float = 60.0) -> dict[int, str]:
+    """Those of `processes_with` that have not ended after so long: Ray's workers end when they miss their node."""
+    return {pid: command for pid, command in processes_with(text).items() if not _ends(pid, seconds)}
+
+
+def _ends(pid: int, seconds: float) -> bool:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], seconds)[0])
+    finally:
+        os.close(descriptor)
 
 
 def stop_by_force(pid: int) -> None:

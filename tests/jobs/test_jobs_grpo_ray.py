@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import select
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +13,14 @@ from tests.jobs.conftest import JobServer
 from tests.jobs.grpo_jobs import (
     grpo_spec,
     make_task,
+    outliving,
     processes_with,
     ready_pid,
     stop_by_force,
     trained_positions,
 )
 from tests.jobs.rl_jobs import final_metrics, messages, of_type
+from tests.jobs.smollm2 import find_smollm2
 from tests.jobs.workers import WorkerProcess, run_worker
 from tinker_jobs.protocol import CANCEL, EventType, JobEvent, JobSpec
 
@@ -45,7 +45,7 @@ TASK = make_task(max_new_tokens=6, epochs=3, lora_rank=8)
 def directory(tmp_path: Path) -> Iterator[Path]:
     """A job's directory, which all of its processes know and none outlives."""
     yield tmp_path
-    assert processes_with(str(tmp_path)) == []
+    assert outliving(str(tmp_path)) == {}
     assert not (tmp_path / "ray").exists()
 
 
@@ -63,7 +63,7 @@ def run_killing_a_worker(spec: JobSpec, step: int) -> list[JobEvent]:
                 workers.append(pid)
             if event.event_type is EventType.STEP_COMPLETE and event.data["step"] == step:
                 stop_by_force(workers[0])
-        assert process.process.wait(timeout=60) == 0
+        assert process.process.wait(timeout=180) == 0
     assert events[-1].event_type is EventType.TRAINING_END, events[-1]
     return events
 
@@ -91,7 +91,7 @@ def test_a_cancelled_job_stops_between_steps(job_server: JobServer, directory: P
             events.append(event)
             if event.event_type is EventType.STEP_COMPLETE and event.data["step"] == 2:
                 process.send(CANCEL)
-        assert process.process.wait(timeout=60) == 0
+        assert process.process.wait(timeout=180) == 0
     assert events[-1].event_type is EventType.CANCELLED
     assert len(of_type(events, EventType.STEP_COMPLETE)) < 18
 
@@ -104,7 +104,7 @@ def test_an_error_of_a_recipe_inside_a_worker_ends_the_job_and_names_the_row(
     events = run_worker(grpo_spec(job_server.url, job_server.model, tmp_path, rows, config, TASK))
     assert events[-1].event_type is EventType.TRAINING_ERROR
     assert "prompts@1.0.0 row 2: divide failed: ZeroDivisionError" in str(events[-1].error)
-    assert processes_with(str(tmp_path)) == []
+    assert outliving(str(tmp_path)) == {}
 
 
 def test_nothing_of_ray_outlives_a_job_that_is_killed(job_server: JobServer, tmp_path: Path) -> None:
@@ -112,28 +112,13 @@ def test_nothing_of_ray_outlives_a_job_that_is_killed(job_server: JobServer, tmp
         for event in process.events():
             if event.event_type is EventType.STEP_COMPLETE:
                 break
-        own = [os.pidfd_open(pid) for pid in pids_with(str(tmp_path))]
-        assert len(own) > 5
+        assert len(processes_with(str(tmp_path))) > 5
         process.process.kill()
-        for descriptor in own:
-            assert select.select([descriptor], [], [], 60)[0], "a process of Ray is still there"
-            os.close(descriptor)
+        assert outliving(str(tmp_path)) == {}
 
 
-def pids_with(text: str) -> list[int]:
-    found = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            if text.encode() in (directory / "environ").read_bytes():
-                found.append(int(directory.name))
-        except OSError:  # it has ended
-            continue
-    return found
-
-
-@pytest.mark.skipif("TINKER_TEST_MODEL" not in os.environ, reason="needs a chat model in TINKER_TEST_MODEL")
 def test_a_real_chat_model_learns_contains_v1_while_a_rollout_worker_is_killed(tmp_path: Path) -> None:
-    model = os.environ["TINKER_TEST_MODEL"]
+    model = find_smollm2()
     rows = [{"prompt": f"What is {a} + {b}?"} for a in range(1, 10) for b in range(1, 10)]
     config = {
         "num_rollouts": 24,
@@ -143,12 +128,7 @@ def test_a_real_chat_model_learns_contains_v1_while_a_rollout_worker_is_killed(t
         "execution_mode": "distributed",
         "reward_recipe": {"name": "contains_v1", "params": {"needle": "="}},
     }
-    task = make_task(max_new_tokens=8)
-    task = type(task)(
-        name=task.name,
-        version=task.version,
-        content={**task.content, "instruction": "Reply with only the number."},
-    )
+    task = make_task("Reply with only the number.", max_new_tokens=8)
     flags = ("--base-model", model, "--data-dir", str(tmp_path / "data"), "--dtype", "bfloat16")
     with run_server(*flags) as url:
         spec = grpo_spec(url, model, tmp_path / "job", rows[:48], config, task)

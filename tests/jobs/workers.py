@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,11 @@ def make_spec(url: str, model: str, directory: Path, request: Mapping[str, Any],
 class WorkerProcess:
     """``python -m tinker_jobs.worker``; end it by leaving the block."""
 
-    def __init__(self, spec: JobSpec) -> None:
+    def __init__(self, spec: JobSpec, prefix: Sequence[str] = ()) -> None:
+        """``prefix`` is a command that runs a command."""
         self._log = (spec.directory / "worker.log").open("ab")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tinker_jobs.worker"],
+            [*prefix, sys.executable, "-m", "tinker_jobs.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

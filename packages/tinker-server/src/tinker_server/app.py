@@ -93,9 +93,7 @@ def create_app(
 
     app = Starlette(
         routes=[
-            *_api_routes(services),
-            *extensions.routes(),
-            Route(API_PREFIX + "/{path:path}", _not_implemented, methods=_METHODS),
+            *_api_routes(services, extensions),
             metrics.route(),
             _plugins_route(plugins),
             *_plugin_routes(plugins),
@@ -147,7 +145,8 @@ def _plugins_route(plugins: Plugins) -> Route:
     return Route("/plugins", plugin_list, methods=["GET"])
 
 
-def _api_routes(services: Services) -> list[BaseRoute]:
+def _api_routes(services: Services, extensions: Extensions) -> list[BaseRoute]:
+    """The API's own routes, then those of services, which can so shadow none of them."""
     nouns = (
         FutureRoutes(services),  # routes are tried in turn, so those that are asked for most come first
         TrainingRoutes(services),
@@ -162,7 +161,8 @@ def _api_routes(services: Services) -> list[BaseRoute]:
         BillingRoutes(services),
         AgreementRoutes(services),
     )
-    return [route for noun in nouns for route in noun.routes()]
+    rest = Route(API_PREFIX + "/{path:path}", _not_implemented, methods=_METHODS)
+    return [*(route for noun in nouns for route in noun.routes()), *extensions.routes(), rest]
 
 
 async def _not_implemented(request: Request) -> Response:

@@ -102,7 +102,7 @@ class Jobs:
             task.cancel()
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(outcome, Exception):
-                log.error("a training job did not end in order: %s", outcome)
+                log.error("training jobs did not end in order: %s", outcome)
         for job_id in list(self._news):
             self._changed(job_id)
 
