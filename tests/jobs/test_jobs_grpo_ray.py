@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tests.jobs.rl_jobs import final_metrics, messages, of_type
 from tests.jobs.smollm2 import find_smollm2
 from tests.jobs.workers import WorkerProcess, run_worker
 from tinker_jobs.protocol import CANCEL, EventType, JobEvent, JobSpec
+from tinker_server.cli import main
 
 pytestmark = [
     pytest.mark.slow,
@@ -115,6 +117,38 @@ def test_nothing_of_ray_outlives_a_job_that_is_killed(job_server: JobServer, tmp
         assert len(processes_with(str(tmp_path))) > 5
         process.process.kill()
         assert outliving(str(tmp_path)) == {}
+
+
+def test_a_job_that_is_submitted_to_a_server_runs_on_ray(
+    job_server: JobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {
+        "datasets/ray-prompts/1/data.jsonl": "".join(f"{json.dumps(row)}\n" for row in QUESTIONS),
+        "capabilities/ray-helper/1/prompt.md": "Be brief.",
+        "tasks/ray-task/1/task.yaml": "grpo: {max_new_tokens: 6, lora_rank: 4}\n",
+    }
+    for name, text in files.items():
+        path = job_server.data_dir / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    request = {
+        "backend": "ray",
+        "trainer_type": "rl",
+        "model": job_server.model,
+        "capability_ref": {"name": "ray-helper", "version": "1"},
+        "config": {
+            "task_ref": "ray-task",
+            "prompt_dataset_ref": {"name": "ray-prompts", "version": "1"},
+            "reward_recipe": {"name": "contains_v1", "params": {"needle": "a", "baseline": "leave_one_out"}},
+        },
+    }
+    (tmp_path / "job.json").write_text(json.dumps(request))
+    monkeypatch.setenv("TINKER_BASE_URL", job_server.url)
+    assert main(["jobs", "submit", str(tmp_path / "job.json"), "--follow"]) == 0
+    output = capsys.readouterr().out
+    assert "step 3 of 3" in output
+    assert "completed" in output.splitlines()[-1]
+    assert outliving(str(job_server.data_dir / "jobs")) == {}
 
 
 def test_a_real_chat_model_learns_contains_v1_while_a_rollout_worker_is_killed(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def sampled(events: list[JobEvent]) -> int:
 
 def test_a_job_learns_what_its_recipe_rewards(job_server: JobServer, tmp_path: Path) -> None:
     config = {**LEARNING, "steps": 7, "reward_recipe": DIGITS}
-    events = run_worker(rl_spec(job_server.url, job_server.model, tmp_path, QUESTIONS, config))
+    events = train(rl_spec(job_server.url, job_server.model, tmp_path, QUESTIONS, config))
     metrics = final_metrics(events)
     assert metrics["train/reward"][0] < 0.3
     assert metrics["train/reward"][-1] > 0.7

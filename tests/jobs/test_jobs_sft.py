@@ -267,6 +267,7 @@ def test_what_was_left_open_has_the_defaults_of_the_reference(job_server: JobSer
     ]
 
 
+@pytest.mark.slow
 def test_a_stopped_job_saves_nothing_more_and_its_next_process_does_the_same_steps(
     job_server: JobServer, tmp_path: Path
 ) -> None:

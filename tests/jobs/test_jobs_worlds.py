@@ -499,6 +499,7 @@ def world_job(job_server: JobServer, directory: Path, world: FrozenWorld, **conf
     return make_spec(job_server.url, job_server.model, directory, request, refs=refs)
 
 
+@pytest.mark.slow
 def test_a_job_trains_in_a_world_and_names_it(job_server: JobServer, world: TestWorld, tmp_path: Path) -> None:
     """The tiny model says anything at all, and this world takes that for a command."""
     numbers = itertools.count()

@@ -34,7 +34,8 @@ def forbidden_in(package: str) -> set[str]:
     if package == "tinker_server":
         return others | TORCH | SDK
     if package == "tinker_jobs":
-        return others | (TORCH - {"transformers"})  # an HTTP service, and a client of the SDK that needs tokenizers
+        # An HTTP service that looks into models' files, and a client of the SDK that needs tokenizers.
+        return others | (TORCH - {"transformers", "safetensors"})
     return others | HTTP | SDK
 
 

@@ -13,7 +13,7 @@ from tinker_jobs.grpo.groups import PromptGroup, PublishedPolicy
 from tinker_jobs.grpo.settings import GRPOSettings
 from tinker_jobs.rl.rollouts import Turn
 
-LOSS = "ppo"
+LOSS: types.LossFnType = "ppo"
 CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 """Bounds of the ratio to the policy that drew a token; beyond them it teaches nothing."""
 

@@ -37,8 +37,8 @@ class PromptPlan:
         self._trained: set[int] = set()
         if state is not None:
             self._trained = set(range(state["next_position"])) - set(state["left_behind"])
-        self._ahead = (position for position in range(self._num_positions) if position not in self._resumed)
-        self._resumed = frozenset(self._trained)
+        done_before = frozenset(self._trained)
+        self._ahead = (position for position in range(self._num_positions) if position not in done_before)
 
     @property
     def num_steps(self) -> int:
