@@ -38,7 +38,7 @@ def local_ray(directory: Path, num_cpus: int) -> Iterator[None]:
     shutil.rmtree(files, ignore_errors=True)  # of a process that was killed
     files.mkdir(parents=True, mode=0o700)
     # The path of a socket must have less than 108 bytes, and Ray adds 60 to that of its directory.
-    with _removed(files), tempfile.TemporaryDirectory(prefix="tinker-ray-") as short, guard_children():
+    with _removed(files), tempfile.TemporaryDirectory(prefix="tinker-ray-") as short, guard_children(Path(short)):
         link = Path(short) / "r"
         link.symlink_to(files)
         _set_environment(files / "token")  # before Ray is imported, which looks at it once

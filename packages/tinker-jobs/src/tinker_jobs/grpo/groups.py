@@ -1,4 +1,4 @@
-"""What rollout workers are given and what they give back; all of it can be pickled."""
+"""What rollout workers are given and what they give back; Ray passes all of it on."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class PublishedPolicy:
 
     version: int
     """Optimizer steps that these weights have behind them, at least."""
-    sampler: bytes = attrs.field(repr=False)
-    """The SDK's sampling client, pickled."""
+    sampler: str = attrs.field(repr=False)
+    """The SDK's handle of a sampling client, without its API key."""
 
 
 @attrs.frozen(kw_only=True)

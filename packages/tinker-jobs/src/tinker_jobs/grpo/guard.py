@@ -1,29 +1,31 @@
-"""``python -m tinker_jobs.grpo.guard GROUP``: kills a process group when whoever holds its standard input is gone.
+"""``python -m tinker_jobs.grpo.guard GROUP DIRECTORY``: cleans up when whoever holds its standard input is gone.
 
-Of a driver that is killed, Ray leaves agents behind for a minute. A line on standard input means that all is well, and
-nothing is to be killed.
+It kills the process group, for Ray leaves agents behind for a minute, and removes the directory. A line on standard
+input means that all is well, and nothing is to be done.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 
 @contextlib.contextmanager
-def guard_children() -> Iterator[None]:
-    """For the length of a block, have all children of this process die with it, and theirs.
+def guard_children(directory: Path) -> Iterator[None]:
+    """For the length of a block, have all children of this process die with it, and theirs, and a directory too.
 
     This process becomes the leader of a process group if it is none yet, for that is what dies.
     """
     if os.getpgrp() != os.getpid():
         os.setpgrp()
     process = subprocess.Popen(
-        [sys.executable, "-m", "tinker_jobs.grpo.guard", str(os.getpgrp())],
+        [sys.executable, "-m", "tinker_jobs.grpo.guard", str(os.getpgrp()), str(directory)],
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
@@ -36,9 +38,11 @@ def guard_children() -> Iterator[None]:
 
 def main() -> None:
     """Wait for the end of standard input."""
-    if not sys.stdin.buffer.readline():
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(int(sys.argv[1]), signal.SIGKILL)
+    if sys.stdin.buffer.readline():
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(int(sys.argv[1]), signal.SIGKILL)
+    shutil.rmtree(sys.argv[2])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 
 import tinker
@@ -52,7 +51,7 @@ class Learner:
         """The model as it is now, for rollout workers; ``version`` is the number of steps that it has behind it."""
         # One target that moves, so that the server keeps one set of weights rather than one for each step.
         sampler = self._client.save_weights_and_get_sampling_client(kind="inflight").result()
-        return PublishedPolicy(version=version, sampler=pickle.dumps(sampler))
+        return PublishedPolicy(version=version, sampler=sampler.get_sampler_handle())
 
     def _data(self, groups: Sequence[PromptGroup]) -> list[types.Datum]:
         # The server's losses are sums; this makes them means over the step's completion tokens, whatever their number.

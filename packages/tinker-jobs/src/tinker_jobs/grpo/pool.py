@@ -39,9 +39,9 @@ class Worker(Protocol):
 class WorkerPool:
     """Gives prompts to workers, and those of a worker that is lost to others.
 
-    A prompt's answers count when its worker hands them over, and a lost worker hands over nothing, so that each prompt
-    is answered exactly once. A new worker takes the place of a lost one. The pool fails with `JobFailedError` when it
-    has had no worker for ``start_seconds``, or workers die and die without finishing anything.
+    Each prompt is answered exactly once: it goes to another worker only when the one that had it can no longer answer.
+    A new worker takes the place of a lost one. The pool fails with `JobFailedError` when it has had no worker for
+    ``start_seconds``, or workers die and die without finishing anything.
     """
 
     def __init__(
@@ -93,8 +93,9 @@ class WorkerPool:
             except RolloutWorkerLostError as error:
                 self._lose(worker, error)
                 continue
-            self._working[worker].discard(asked.position)
-            self._free.put_nowait(worker)
+            if worker in self._working:  # else it was lost to another prompt, and this was its last answer
+                self._working[worker].discard(asked.position)
+                self._free.put_nowait(worker)
             self._lost_in_a_row = 0
             return group
         raise JobFailedError(f"{asked.prompt.where}: {MAX_ATTEMPTS} rollout workers died while answering it")

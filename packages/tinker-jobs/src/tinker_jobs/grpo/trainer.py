@@ -74,6 +74,7 @@ def prepare(run: JobRun) -> Work:
         ),
         worker_spec=WorkerSpec(
             tokenizer=run.tokenizer,
+            api_key=run.spec.api_key,
             plugins=run.spec.plugins,
             recipe=settings.recipe,
             params=settings.params,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import pickle
 import socket
 import traceback
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ class WorkerSpec:
     """Everything that a rollout worker is made of; it reads no files, so that it can be anywhere."""
 
     tokenizer: PreTrainedTokenizerBase = attrs.field(repr=False)
+    api_key: str = attrs.field(repr=False)
     plugins: tuple[str, ...]
     """Plugins to load for recipes; they must be installed where the worker runs."""
     recipe: str
@@ -79,8 +79,8 @@ class RolloutWorker:
 
     def _sampler(self, policy: PublishedPolicy) -> tinker.SamplingClient:
         if self._policy_version != policy.version:
-            sampler: tinker.SamplingClient = pickle.loads(policy.sampler)
-            self._newest, self._policy_version = sampler, policy.version
+            self._newest = tinker.SamplingClient.from_sampler_handle(policy.sampler, api_key=self._spec.api_key)
+            self._policy_version = policy.version
         return self._newest
 
     def _complete(self, asked: Asked, sequence: types.SampledSequence) -> Completion:
