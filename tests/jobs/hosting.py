@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 import httpx
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 from starlette.applications import Starlette
 from starlette.routing import Route
@@ -22,6 +23,7 @@ from tinker_core.engine.clock import Clock
 from tinker_core.plugins import Plugins
 from tinker_core.testing.fakes import FAKE_PLUGIN
 from tinker_core.types import BaseModelSpec
+from tinker_jobs.service import checks
 from tinker_server.app import create_app
 
 SCOPE = "/api/v1/org/local/ws/default"
@@ -160,7 +162,10 @@ def serve_jobs(
     )
     headers = {} if key is None else {"x-api-key": key}
     with (
+        # Its jobs stay queued, so what they would run on need not be there.
+        pytest.MonkeyPatch.context() as patch,
         serve_in_thread(app, port=port) as url,
         httpx.Client(base_url=url, timeout=60, headers=headers) as http,
     ):
+        patch.setattr(checks, "ray_is_installed", lambda: True)
         yield JobsApi(url=url, http=http, data_dir=data_dir, routes=job_routes(app))

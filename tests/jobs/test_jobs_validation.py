@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import httpx
@@ -12,6 +11,7 @@ from tests.jobs.hosting import JOBS, JobsApi, body, ref, serve_jobs
 from tinker_core.hookspecs import hookimpl
 from tinker_core.rewards import EnvironmentPlugin
 from tinker_jobs.requests import REQUEST_KINDS
+from tinker_jobs.service import checks
 
 
 @pytest.fixture
@@ -363,8 +363,7 @@ def test_environment_recipes_with_a_provider_need_a_task_and_prompts(tmp_path_fa
 
 
 def test_ray_jobs_are_refused_where_ray_is_not_installed(api: JobsApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "ray" else find(name, *more))
+    monkeypatch.setattr(checks, "ray_is_installed", lambda: False)
     assert mistakes(api.create(body("grpo"))) == {
         "backend": "backend ray is not installed on this server; install it with: pip install 'tinker-jobs[ray]'"
     }

@@ -69,8 +69,13 @@ def _check_config(request: CreateJobRequest, task: FrozenTask | None, plugins: P
         yield from recipe_mistakes(request, task, plugins)
 
 
+def ray_is_installed() -> bool:
+    """Whether this server can run jobs on Ray, which is an extra."""
+    return importlib.util.find_spec("ray") is not None
+
+
 def _check_backend(request: CreateJobRequest) -> Iterator[Mistake]:
-    if request.backend == "ray" and importlib.util.find_spec("ray") is None:
+    if request.backend == "ray" and not ray_is_installed():
         message = "backend ray is not installed on this server; install it with: pip install 'tinker-jobs[ray]'"
         yield _wrong(("body", "backend"), message)
 
