@@ -1,6 +1,7 @@
 """Errors as HTTP answers: a status that clients treat as final unless waiting can help, and ``{"detail": ...}``.
 
-402, 409 and 425 never appear: clients pause or retry on them for minutes. 408 answers a body that did not arrive in
+The Tinker API never answers 402, 409 or 425: clients pause or retry on them for minutes. Services of plugins have
+clients of their own and may. 408 answers a body that did not arrive in
 time: clients send it again. 429 answers what exceeds an API key's rate, and says how long to wait: clients do, and then
 succeed. It never answers a training request, which would lose its place. 503 says that the same request will succeed
 later: clients send it again, silently, for minutes, and keep the order of their requests meanwhile.
