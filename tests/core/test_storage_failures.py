@@ -206,7 +206,7 @@ class OldRelease:
         engine = sa.create_engine(database_url(self.data_dir))
         with engine.begin() as connection:
             config = Config()
-            config.set_main_option("script_location", str(schema._MIGRATIONS))
+            config.set_main_option("script_location", str(schema.CONTROL.migrations))
             config.attributes["connection"] = connection
             command.downgrade(config, "0004")
         engine.dispose()
