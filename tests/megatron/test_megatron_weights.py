@@ -280,12 +280,14 @@ SPOILT = {
 }
 
 
+@pytest.mark.slow
 def test_an_export_of_what_ranks_do_not_hold_together_fails_in_all_of_them(run_world: Callable[[int], Path]) -> None:
     for rank in range(2):
         error = read_report(run_world(2), LOST, rank)["error"]
         assert "'model.layers.1.mlp.down_proj.weight' [32, 64], not all of it" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", SPOILT)
 def test_weights_that_cannot_be_read_are_refused_with_what_is_wrong_and_what_to_do(
     run_world: Callable[[int], Path], what: str

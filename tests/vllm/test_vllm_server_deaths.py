@@ -135,9 +135,10 @@ def test_ranks_that_are_killed_take_no_sample_and_no_weights_with_them(
     assert_all_sampled([*clients, *more], [*expected, *expected_of_more])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "victim",
-    ["Worker", pytest.param("main", marks=pytest.mark.slow), pytest.param("EngineCore", marks=pytest.mark.slow)],
+    ["Worker", "main", "EngineCore"],
 )
 def test_an_engine_that_is_killed_loses_no_sample_and_training_does_not_notice(
     server: VllmServer, model: tinker.TrainingClient, victim: str
