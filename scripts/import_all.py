@@ -26,8 +26,8 @@ OPTIONAL = {
 }
 """Parts that need an extra; they are imported where the extra is installed."""
 
-NEVER = {"tinker_core.storage.migrations.env"}
-"""Runs inside alembic only."""
+NEVER = {"tinker_core.storage.migrations.env", "tinker_jobs.service.migrations.env"}
+"""Run inside alembic only."""
 
 
 def missing_extra(module: str, skipped: set[str]) -> bool:

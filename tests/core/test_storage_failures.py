@@ -16,13 +16,13 @@ import attrs
 import pytest
 import sqlalchemy as sa
 from alembic import command
-from alembic.config import Config
 
 from tests.core.conftest import Client, EngineFactory, forward_backward, optim_step
 from tests.object_store import BUCKET, S3Server, serve_s3
 from tinker_core.engine import CopyWeightsInput
 from tinker_core.errors import DamagedRecordError
-from tinker_core.storage import database_url, remote_checkpoints, schema
+from tinker_core.storage import database_url, remote_checkpoints
+from tinker_core.storage.schema import CONTROL
 from tinker_core.storage.sealed import SEAL_FILE
 from tinker_core.types import (
     LOCAL_CALLER,
@@ -205,10 +205,7 @@ class OldRelease:
             shutil.rmtree(leftover)
         engine = sa.create_engine(database_url(self.data_dir))
         with engine.begin() as connection:
-            config = Config()
-            config.set_main_option("script_location", str(schema.CONTROL.migrations))
-            config.attributes["connection"] = connection
-            command.downgrade(config, "0004")
+            command.downgrade(CONTROL.alembic_config(connection), "0004")
         engine.dispose()
 
 

@@ -1,4 +1,4 @@
-"""Types of the control database's columns: they hold the same on every database, and refuse the same."""
+"""Columns of the control database's tables: they hold the same on every database, and refuse the same."""
 
 from __future__ import annotations
 
@@ -45,6 +45,36 @@ class Text(sa.TypeDecorator[str]):
                 f"text {value[:60]!r} cannot be stored or looked for; it must have no NUL and no lone surrogate"
             )
         return value
+
+
+_NUMBER = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+"""SQLite numbers rows only by a column of exactly this type, which has 64 bits there."""
+
+
+def named_metadata() -> sa.MetaData:
+    """Tables whose constraints have names, so that a later migration can address them on every database."""
+    return sa.MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+def json_column(name: str, *, nullable: bool = False) -> sa.Column[object]:
+    """A column of JSON, in which None is NULL."""
+    return sa.Column(name, sa.JSON(none_as_null=True), nullable=nullable)
+
+
+def number() -> sa.Column[int]:
+    """Order of insertion: breaks ties between equal timestamps, so that pages never overlap."""
+    return sa.Column("number", _NUMBER, primary_key=True, autoincrement=True)
+
+
+def ownership() -> tuple[sa.Column[str], sa.Column[str]]:
+    """Whose a row is."""
+    return sa.Column("owner", Text, nullable=False, index=True), sa.Column("project_id", Text, index=True)
 
 
 def is_storable(text: str) -> bool:

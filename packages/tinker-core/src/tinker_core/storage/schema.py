@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import attrs
 import sqlalchemy as sa
 
 from tinker_core.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 _LOCK = 0x74696E6B6572
 """The advisory lock of whoever upgrades a Postgres database: the letters of ``tinker``."""
@@ -63,13 +67,18 @@ class Schema:
                 return
         # Slow to import, and seldom needed: a server must be back within two seconds of its death.
         from alembic import command
+
+        command.upgrade(self.alembic_config(connection), "head")
+
+    def alembic_config(self, connection: sa.Connection) -> Config:
+        """What alembic is told, to work on these tables inside the caller's transaction."""
         from alembic.config import Config
 
         config = Config()
         config.set_main_option("script_location", str(self.migrations).replace("%", "%%"))
         config.attributes["connection"] = connection
         config.attributes["version_table"] = self.version_table
-        command.upgrade(config, "head")
+        return config
 
 
 CONTROL = Schema(

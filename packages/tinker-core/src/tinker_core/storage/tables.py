@@ -4,44 +4,19 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from tinker_core.storage.columns import Text, UtcDateTime
+from tinker_core.storage.columns import Text, UtcDateTime, json_column, named_metadata, number, ownership
 
-metadata = sa.MetaData(
-    naming_convention={
-        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-        "pk": "pk_%(table_name)s",
-    }
-)
-"""Constraints have names, so that a later migration can address them on every database."""
-
-
-_NUMBER = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-"""SQLite numbers rows only by a column of exactly this type, which has 64 bits there."""
-
-
-def _json(name: str, *, nullable: bool = False) -> sa.Column[object]:
-    return sa.Column(name, sa.JSON(none_as_null=True), nullable=nullable)
-
-
-def _number() -> sa.Column[int]:
-    """Order of insertion: breaks ties between equal timestamps, so that pages never overlap."""
-    return sa.Column("number", _NUMBER, primary_key=True, autoincrement=True)
-
-
-def _ownership() -> tuple[sa.Column[str], sa.Column[str]]:
-    return sa.Column("owner", Text, nullable=False, index=True), sa.Column("project_id", Text, index=True)
-
+metadata = named_metadata()
 
 sessions = sa.Table(
     "sessions",
     metadata,
-    _number(),
+    number(),
     sa.Column("session_id", Text, nullable=False, unique=True),
     sa.Column("created_at", UtcDateTime, nullable=False),
-    *_ownership(),
-    _json("tags"),
-    _json("user_metadata", nullable=True),
+    *ownership(),
+    json_column("tags"),
+    json_column("user_metadata", nullable=True),
     sa.Column("sdk_version", Text, nullable=False),
     sa.Column("display_name", Text),
     sa.Column("finished_at", UtcDateTime),
@@ -53,32 +28,32 @@ sessions = sa.Table(
 training_runs = sa.Table(
     "training_runs",
     metadata,
-    _number(),
+    number(),
     sa.Column("model_id", Text, nullable=False, unique=True),
     sa.Column("session_id", Text, nullable=False, index=True),
     sa.Column("base_model", Text, nullable=False),
-    _json("lora_config"),
-    _json("optimizer_config"),
+    json_column("lora_config"),
+    json_column("optimizer_config"),
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("last_request_at", UtcDateTime, nullable=False),
-    *_ownership(),
-    _json("user_metadata", nullable=True),
+    *ownership(),
+    json_column("user_metadata", nullable=True),
 )
 
 checkpoints = sa.Table(
     "checkpoints",
     metadata,
-    _number(),
+    number(),
     sa.Column("path", Text, nullable=False, unique=True),
     sa.Column("run_id", Text, nullable=False, index=True),
     sa.Column("base_model", Text, nullable=False),
-    _json("lora_config"),
-    _json("optimizer_config"),
+    json_column("lora_config"),
+    json_column("optimizer_config"),
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("size_bytes", sa.BigInteger, nullable=False),
     sa.Column("request_id", Text, nullable=False, index=True),
-    *_ownership(),
-    _json("user_metadata", nullable=True),
+    *ownership(),
+    json_column("user_metadata", nullable=True),
     sa.Column("expires_at", UtcDateTime, index=True),
     sa.Column("public", sa.Boolean, nullable=False),
     sa.Column("version", Text),
@@ -88,28 +63,28 @@ checkpoints = sa.Table(
 finished_saves = sa.Table(
     "finished_saves",
     metadata,
-    _number(),
+    number(),
     sa.Column("request_id", Text, nullable=False, unique=True),
     sa.Column("path", Text, nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False, index=True),
-    *_ownership(),
+    *ownership(),
 )
 
 loose_files = sa.Table(
     "loose_files",
     metadata,
-    _number(),
+    number(),
     sa.Column("location", Text, nullable=False, unique=True),
     sa.Column("writer", Text, index=True),
     sa.Column("created_at", UtcDateTime, nullable=False),
-    *_ownership(),
+    *ownership(),
     sa.Column("server_id", Text),
 )
 
 samplers = sa.Table(
     "samplers",
     metadata,
-    _number(),
+    number(),
     sa.Column("sampling_session_id", Text, nullable=False, unique=True),
     sa.Column("session_id", Text, nullable=False, index=True),
     sa.Column("base_model", Text, nullable=False),
@@ -117,18 +92,18 @@ samplers = sa.Table(
     sa.Column("model_path", Text),
     sa.Column("revision", Text),
     sa.Column("num_clones", sa.Integer, nullable=False, server_default="0"),
-    *_ownership(),
+    *ownership(),
 )
 
 access_tokens = sa.Table(
     "access_tokens",
     metadata,
-    _number(),
+    number(),
     sa.Column("token_id", Text, nullable=False, unique=True),
     sa.Column("token_hash", Text, nullable=False, unique=True),
     sa.Column("path", Text, nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False),
-    *_ownership(),
+    *ownership(),
     sa.Column("expires_at", UtcDateTime),
     sa.Column("revoked_at", UtcDateTime),
 )
@@ -136,22 +111,22 @@ access_tokens = sa.Table(
 api_keys = sa.Table(
     "api_keys",
     metadata,
-    _number(),
+    number(),
     sa.Column("key_id", Text, nullable=False, unique=True),
     sa.Column("key_hash", Text, nullable=False, unique=True),
     sa.Column("last_four", Text, nullable=False),
     sa.Column("name", Text, nullable=False),
-    _json("limits"),
+    json_column("limits"),
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("expires_at", UtcDateTime),
     sa.Column("revoked_at", UtcDateTime),
-    *_ownership(),
+    *ownership(),
 )
 
 usage = sa.Table(
     "usage",
     metadata,
-    _number(),
+    number(),
     sa.Column("usage_key", Text, nullable=False, unique=True),
     sa.Column("kind", Text, nullable=False),
     sa.Column("key_id", Text, index=True),
@@ -161,26 +136,26 @@ usage = sa.Table(
     sa.Column("starts_at", UtcDateTime, nullable=False, index=True),
     sa.Column("ends_at", UtcDateTime, nullable=False, index=True),
     sa.Column("quantity", sa.BigInteger, nullable=False),
-    *_ownership(),
+    *ownership(),
 )
 
 audit_log = sa.Table(
     "audit_log",
     metadata,
-    _number(),
+    number(),
     sa.Column("recorded_at", UtcDateTime, nullable=False, index=True),
     sa.Column("category", Text, nullable=False, index=True),
     sa.Column("event", Text, nullable=False),
-    _json("details"),
-    *_ownership(),
+    json_column("details"),
+    *ownership(),
 )
 
 servers = sa.Table(
     "servers",
     metadata,
-    _number(),
+    number(),
     sa.Column("server_id", Text, nullable=False, unique=True),
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("store", Text),
-    *_ownership(),
+    *ownership(),
 )

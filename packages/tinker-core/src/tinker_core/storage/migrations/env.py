@@ -1,16 +1,8 @@
-"""Runs migrations on the connection that `tinker_core.storage.database.migrate` hands over."""
+"""Where alembic begins."""
 
 from __future__ import annotations
 
-from alembic import context
-
+from tinker_core.storage.migrating import run_migrations
 from tinker_core.storage.tables import metadata
 
-context.configure(
-    connection=context.config.attributes["connection"],
-    target_metadata=metadata,
-    render_as_batch=True,
-    transactional_ddl=True,
-)
-with context.begin_transaction():
-    context.run_migrations()
+run_migrations(metadata)
