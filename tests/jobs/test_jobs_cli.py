@@ -157,6 +157,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         (("list", "--status", "over"), "invalid choice: 'over'"),
         (("cancel", "some-id", "--url", "http://127.0.0.1:1"), "say --yes"),
         (("list", "--url", "localhost:8000"), "begins with http://"),
+        (("list", "--api-key", "ключ"), "characters that no key has; look at --api-key"),
         (("add-dataset", "rows", "none.jsonl"), "name@version"),
         (("add-dataset", "rows@1", "train=a", "train=b"), "split 'train' is given twice"),
         (("forget",), "invalid choice: 'forget'"),
@@ -171,7 +172,8 @@ def test_arguments_that_cannot_work_are_named(
 
 def test_a_manifest_that_is_none_is_refused(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
-    for text, said in (("- a\n", "must be an object"), ("a: [\n", "cannot read the manifest")):
+    bad = {"- a\n": "must be an object", "a: [\n": "cannot read the manifest", "1: a\n": "JSON has no form for"}
+    for text, said in bad.items():
         path.write_text(text)
         assert said in run("submit", str(path), status=2)
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 
 from tests.jobs.hosting import JOBS, JobsApi
 from tests.jobs.scripted import entries, finished, follow, messages, open_gate, serve_scripted, starts, submit, wait_for
+from tinker_core.errors import StorageError
+from tinker_core.extensions import IssuedKey
+from tinker_jobs.records import JobRecord
+from tinker_jobs.service import runner
+from tinker_jobs.service.keys import RunKeys
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +195,21 @@ def test_a_job_whose_processes_keep_dying_without_progress_fails_with_their_last
     assert job["error"] == "worker lost: exit status 7; its last lines: out of memory"
     # The first saved something; the two after it, and the first once more, did not.
     assert len(starts(api, job_id)) == 3
+
+
+def test_a_job_waits_while_the_database_fails(api: JobsApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    issued, failures = RunKeys.issued, [StorageError("no connection")] * 2
+
+    def issued_late(keys: RunKeys, record: JobRecord) -> AbstractAsyncContextManager[IssuedKey | None]:
+        if failures:
+            raise failures.pop()
+        return issued(keys, record)
+
+    monkeypatch.setattr(RunKeys, "issued", issued_late)
+    monkeypatch.setattr(runner, "STORAGE_RETRY_SECONDS", 0.01)
+    job_id = submit(api, "start", "step 1 3.0", "end")
+    assert finished(api, job_id)["status"] == "completed"
+    assert (failures, messages(api, job_id)[:2]) == ([], ["queued", "started, attempt 1"])
 
 
 def test_progress_resets_what_a_job_may_lose(api: JobsApi) -> None:

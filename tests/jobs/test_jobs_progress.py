@@ -54,6 +54,15 @@ def test_lists_without_steps_are_appended_to() -> None:
     assert merged({"x": [1]}, {"x": [2, 3]}) == {"x": [1, 2, 3]}
 
 
+def test_a_name_may_change_between_number_list_and_series() -> None:
+    first = {"steps": [1], "x": [1]}
+    assert merged(first, {"x": 3}, {"steps": [2], "x": [5]}) == {"steps": [1, 2], "x": [None, 5]}
+    assert merged(first, {"x": [4]}, {"steps": [2], "y": [5]}) == {"steps": [1, 2], "x": [1, 4], "y": [None, 5]}
+    of_training, of_evaluation = {"steps": [1], "eval/x": [1]}, {"eval/steps": [7], "eval/x": [2]}
+    found = merged(of_training, of_evaluation, {"steps": [2], "y": [5]})
+    assert found == {"steps": [1, 2], "eval/steps": [7], "eval/x": [2], "y": [None, 5]}
+
+
 @pytest.mark.parametrize(
     ("report", "message"),
     [

@@ -16,7 +16,18 @@ class Mistake:
     loc: tuple[str | int, ...]
     """Where, such as ``("body", "config", "dataset_ref")``."""
     msg: str
-    type: str
+    type: str = "value_error"
+    """In pydantic's words; this one is what a rule of our own has."""
+
+    @classmethod
+    def in_body(cls, msg: str, *path: str | int) -> Mistake:
+        """Something wrong at a path of the request's body."""
+        return cls(loc=("body", *path), msg=msg)
+
+    @classmethod
+    def in_config(cls, msg: str, *path: str | int) -> Mistake:
+        """Something wrong at a path of the trainer's settings."""
+        return cls.in_body(msg, "config", *path)
 
 
 class JobRequestError(InvalidRequestError):

@@ -18,6 +18,10 @@ import orjson
 
 from tinker_jobs.refs import FrozenRefs
 
+FILES = "files"
+"""Folder of a job's directory with what clients may fetch; everything else in there is the server's."""
+STEPS, EVAL_STEPS = "steps", "eval/steps"
+"""Metrics that hold the optimizer steps of the series beside them."""
 CANCEL = b"cancel\n"
 """The line that asks a job's process to stop at the next step."""
 
@@ -46,7 +50,7 @@ class JobEvent:
     """``debug``, ``info``, ``warning`` or ``error``."""
     metrics: Mapping[str, Any] = attrs.field(factory=dict)
     """Numbers, and lists of numbers. Lists are appended to the job's, numbers take the place of its own. Lists of one
-    event that belong together have their steps beside them, under ``steps`` or ``eval/steps``."""
+    event that belong together have their steps beside them, under `STEPS` or `EVAL_STEPS`."""
     data: Mapping[str, Any] = attrs.field(factory=dict)
     """More for the log."""
     artifacts: Mapping[str, Any] = attrs.field(factory=dict)

@@ -10,8 +10,12 @@ from collections.abc import Callable, Mapping
 import attrs
 
 from tinker_core.rewards import Judged, Reward, RewardError, RewardRecipePlugin
+from tinker_jobs.parameters import read_number
 
 Params = Mapping[str, object]
+
+DEFAULT_RECIPE = "row_reward_v1"
+"""The recipe of a job that answers prompts and names none."""
 
 VALUES = ("reward_if_true", "reward_if_false")
 """What a passed and a failed completion are worth: 1 and 0, unless the parameters say otherwise."""
@@ -101,10 +105,7 @@ def _values(params: Params) -> tuple[float, float]:
 
 
 def _number(params: Params, name: str, default: float) -> float:
-    value = params.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RewardError(f"params.{name} must be a number, got {value!r}")
-    return float(value)
+    return read_number(params, name, default, prefix="params.")
 
 
 def _verdict(passed: bool, hit: float, miss: float) -> Reward:
@@ -137,7 +138,7 @@ def _recipe(name: str, score: Callable[[Judged], Reward], *params: str, needs_ta
 BUILT_IN = (
     _recipe("exact_match_v1", exact_match, "expected"),
     _recipe("contains_v1", contains, "needle", *VALUES),
-    _recipe("row_reward_v1", row_reward, "default"),
+    _recipe(DEFAULT_RECIPE, row_reward, "default"),
     _recipe("trajectory_imitation_v1", trajectory_imitation, "expected", *VALUES),
     _recipe("task_verifier_v1", task_verifier, *VALUES, needs_task=True),
     _recipe("gsm8k_v1", gsm8k, "expected", *VALUES),

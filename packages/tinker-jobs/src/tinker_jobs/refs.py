@@ -9,6 +9,15 @@ import attrs
 
 
 @attrs.frozen(kw_only=True)
+class _Versioned:
+    name: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+@attrs.frozen(kw_only=True)
 class FrozenFile:
     """One file of a dataset."""
 
@@ -19,45 +28,30 @@ class FrozenFile:
 
 
 @attrs.frozen(kw_only=True)
-class FrozenDataset:
+class FrozenDataset(_Versioned):
     """A version of a dataset: one file per split."""
 
-    name: str
-    version: str
     splits: Mapping[str, FrozenFile]
     default_split: str
     """The one that is read when none is asked for."""
 
-    def __str__(self) -> str:
-        return f"{self.name}@{self.version}"
-
 
 @attrs.frozen(kw_only=True)
-class FrozenCapability:
+class FrozenCapability(_Versioned):
     """A version of a capability."""
 
-    name: str
-    version: str
     prompt: str | None
     """Its system prompt."""
     runtime_digest: str
     """``sha256:`` and the hash over its sorted files."""
 
-    def __str__(self) -> str:
-        return f"{self.name}@{self.version}"
-
 
 @attrs.frozen(kw_only=True)
-class FrozenTask:
+class FrozenTask(_Versioned):
     """A version of a task."""
 
-    name: str
-    version: str
     content: Mapping[str, Any]
     """The task's file as it is."""
-
-    def __str__(self) -> str:
-        return f"{self.name}@{self.version}"
 
     @property
     def instruction(self) -> str | None:
@@ -98,3 +92,16 @@ class FrozenRefs:
     trajectory_datasets: tuple[FrozenDataset, ...] = ()
     task: FrozenTask | None = None
     world: FrozenWorld | None = None
+
+    def artifacts(self) -> dict[str, Any]:
+        """What a job's artifacts tell of those that it has."""
+        found: dict[str, Any] = {}
+        for name in ("capability", "dataset", "prompt_dataset", "eval_dataset", "task"):
+            ref = getattr(self, name)
+            if ref is not None:
+                found[name] = str(ref)
+        if self.trajectory_datasets:
+            found["trajectory_datasets"] = [str(dataset) for dataset in self.trajectory_datasets]
+        if self.world is not None:
+            found |= {"world_manifest_id": self.world.manifest_id, "world_server_url": self.world.server_url}
+        return found

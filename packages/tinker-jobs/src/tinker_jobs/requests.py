@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tinker_jobs.errors import JobRequestError, Mistake
 
+CHECKPOINT_SCHEME = "tinker://"
+"""What a ``model`` begins with that is a checkpoint."""
 Count = Annotated[int, Field(ge=1)]
 """An integer of at least 1."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -212,17 +214,20 @@ def parse(request: Mapping[str, Any]) -> CreateJobRequest:
     if kind is None:
         known = ", ".join(f"{backend}/{trainer_type}" for backend, trainer_type in REQUEST_KINDS)
         message = f"backend and trainer_type must be one of {known}"
-        raise JobRequestError([Mistake(loc=("body", "backend"), msg=message, type="value_error")])
+        raise JobRequestError([Mistake.in_body(message, "backend")])
     try:
         return kind.model_validate(request)
     except ValidationError as error:
-        raise JobRequestError([_mistake(dict(found)) for found in error.errors(include_url=False)]) from error
+        raise JobRequestError(mistakes_of(error, "body")) from error
 
 
-def _mistake(found: dict[str, Any]) -> Mistake:
-    # What our own rules say is the whole message; pydantic puts a word of its own before it.
-    message = str(found["msg"]).removeprefix("Value error, ")
-    return Mistake(loc=("body", *found["loc"]), msg=message, type=str(found["type"]))
+def mistakes_of(error: ValidationError, place: str) -> list[Mistake]:
+    """What pydantic found, below a place such as ``body``."""
+    return [
+        # What our own rules say is the whole message; pydantic puts a word of its own before it.
+        Mistake(loc=(place, *found["loc"]), msg=found["msg"].removeprefix("Value error, "), type=found["type"])
+        for found in error.errors(include_url=False, include_input=False, include_context=False)
+    ]
 
 
 def as_sent(request: CreateJobRequest) -> dict[str, Any]:

@@ -69,6 +69,8 @@ def read_conversation(row: Mapping[str, Any]) -> Conversation | None:
     Raises `BadRowError` for a row of a known form with values of the wrong type.
     """
     messages = _messages(row)
+    if not messages and is_atif(row.get("steps")):
+        messages = tuple(steps_as_messages(as_list(row, "steps")))
     if not messages:
         prompt, completion = _first(row, PROMPT_KEYS), _first(row, EXPECTED_KEYS)
         if prompt is not None and completion is not None:
@@ -80,8 +82,7 @@ def read_conversation(row: Mapping[str, Any]) -> Conversation | None:
 
 def read_prompt(row: Mapping[str, Any]) -> PromptRow | None:
     """A row to sample from; None when it has neither a prompt nor messages. Raises `BadRowError`."""
-    found = (as_message(message) for message in as_list(row, "messages"))
-    messages = tuple(message for message in found if message is not None)
+    messages = _messages(row)
     if not messages:
         prompt = _first(row, PROMPT_KEYS)
         if prompt is None:
@@ -102,10 +103,7 @@ def read_prompt(row: Mapping[str, Any]) -> PromptRow | None:
 
 def _messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
     found = (as_message(message) for message in as_list(row, "messages"))
-    messages = tuple(message for message in found if message is not None)
-    if messages or not is_atif(row.get("steps")):
-        return messages
-    return tuple(steps_as_messages(as_list(row, "steps")))
+    return tuple(message for message in found if message is not None)
 
 
 def _tools(row: Mapping[str, Any]) -> Tools:

@@ -40,14 +40,16 @@ class JobsClient:
     def __init__(self, *, url: str, api_key: str | None, organization: str, workspace: str) -> None:
         self._url = url.rstrip("/")
         self._scope = f"/api/v1/org/{quote(organization, safe='')}/ws/{quote(workspace, safe='')}/training/jobs"
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise JobsCommandError("the API key has characters that no key has; look at --api-key or TINKER_API_KEY")
         headers = {} if api_key is None else {"X-API-Key": api_key}
         try:
             address = httpx.URL(self._url)
-            self._http = httpx.Client(base_url=address, headers=headers, timeout=_TIMEOUT)
         except (httpx.InvalidURL, ValueError) as error:
             raise JobsCommandError(f"{url!r} is no address of a server: {error}") from error
         if address.scheme not in ("http", "https") or not address.host:
             raise JobsCommandError(f"{url!r} is no address of a server; it begins with http:// or https://")
+        self._http = httpx.Client(base_url=address, headers=headers, timeout=_TIMEOUT)
 
     def __enter__(self) -> Self:
         return self

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from tinker_jobs.cli.client import JobsClient
 from tinker_jobs.cli.parsing import short_time
-from tinker_jobs.protocol import EventType
+from tinker_jobs.protocol import STEPS, EventType
 
 _SHOWN = {
     "train/loss": "loss",
@@ -59,10 +59,12 @@ class BarDisplay:
     def show(self, entry: Mapping[str, Any]) -> None:
         """Move the bar, or print the line above it."""
         event, metrics = entry["event_type"], entry["metrics"]
-        self._numbers |= {_SHOWN[name]: f"{_newest(value):.4g}" for name, value in metrics.items() if name in _SHOWN}
+        numbers = {_SHOWN[name]: _newest(value) for name, value in metrics.items() if name in _SHOWN}
+        self._numbers |= {name: f"{number:.4g}" for name, number in numbers.items() if number is not None}
         self._bar.set_postfix(self._numbers, refresh=False)
-        if event == EventType.STEP_COMPLETE and "steps" in metrics:
-            self._bar.n = int(_newest(metrics["steps"]))
+        step = _newest(metrics.get(STEPS))
+        if event == EventType.STEP_COMPLETE and step is not None:
+            self._bar.n = int(step)
             self._bar.refresh()
             return
         if event == EventType.TRAINING_START:
@@ -106,5 +108,7 @@ def render_entry(entry: Mapping[str, Any], output_format: str) -> str:
     return f"{short_time(entry['timestamp'])} {entry['level']:<7} {entry['message']}\n"
 
 
-def _newest(value: Any) -> float:  # noqa: ANN401 - a number or a list of them
-    return float(value[-1] if isinstance(value, list) else value)
+def _newest(value: object) -> float | None:
+    """A number, or the last one of a list; None for anything else, such as a loss that was none."""
+    newest = value[-1] if isinstance(value, list) and value else value
+    return float(newest) if isinstance(newest, int | float) else None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import orjson
 import yaml
 
 from tinker_jobs.cli.flags import KINDS, apply_flags
@@ -38,4 +39,8 @@ def read_manifest(source: str) -> dict[str, Any]:
         raise JobsCommandError(f"cannot read the manifest {source!r}: {error}") from error
     if not isinstance(manifest, dict):
         raise JobsCommandError(f"the manifest {source!r} must be an object with backend, trainer_type, config and more")
+    try:
+        orjson.dumps(manifest)
+    except orjson.JSONEncodeError as error:
+        raise JobsCommandError(f"the manifest {source!r} holds a value that JSON has no form for: {error}") from error
     return manifest

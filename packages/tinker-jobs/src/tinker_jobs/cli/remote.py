@@ -118,11 +118,18 @@ def _cancel(client: JobsClient, given: Mapping[str, Any]) -> int:
     if not given["yes"]:
         if not sys.stdin.isatty():
             raise JobsCommandError("cancelling asks first, and nobody is there to answer; say --yes")
-        if input(f"Cancel training job {given['job_id']}? [y/N] ").strip().lower() not in ("y", "yes"):
+        if not _agrees(f"Cancel training job {given['job_id']}? [y/N] "):
             sys.stderr.write("not cancelled\n")
             return 0
     sys.stdout.write(_render_jobs([client.cancel(given["job_id"])], given["format"]))
     return 0
+
+
+def _agrees(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def _retry(client: JobsClient, given: Mapping[str, Any]) -> int:

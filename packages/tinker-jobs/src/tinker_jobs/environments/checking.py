@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -10,6 +9,7 @@ import attrs
 
 from tinker_core.rewards import EnvironmentPlugin, RewardError
 from tinker_jobs.environments.names import AGENT, VERIFIER
+from tinker_jobs.parameters import read_number
 
 FLAG, SCRIPT = "env_flag", "env_script"
 _DEFAULT_TIMEOUT_S = {VERIFIER: 300.0, AGENT: 600.0}
@@ -53,8 +53,8 @@ def read_params(recipe: str, params: Mapping[str, object], max_turns: int | None
     return EnvironmentParams(
         max_concurrent=_count(params, "max_concurrent_rollouts", 8),
         timeout_s=_positive(params, "env_timeout_sec", _DEFAULT_TIMEOUT_S[recipe]),
-        reward_if_true=_number(params, "reward_if_true", 1.0),
-        reward_if_false=_number(params, "reward_if_false", 0.0),
+        reward_if_true=read_number(params, "reward_if_true", 1.0),
+        reward_if_false=read_number(params, "reward_if_false", 0.0),
         max_turns=1 if recipe == VERIFIER else _count(params, "max_turns", max_turns or _DEFAULT_MAX_TURNS),
     )
 
@@ -132,17 +132,10 @@ def _count(params: Mapping[str, object], name: str, default: int) -> int:
 
 
 def _positive(params: Mapping[str, object], name: str, default: float) -> float:
-    return _above_zero(name, _number(params, name, default))
+    return _above_zero(name, read_number(params, name, default))
 
 
 def _above_zero(name: str, value: _N) -> _N:
     if value <= 0:
         raise RewardError(f"{name} must be greater than 0, got {value!r}")
     return value
-
-
-def _number(params: Mapping[str, object], name: str, default: float) -> float:
-    value = params.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RewardError(f"{name} must be a number, got {value!r}")
-    return float(value)

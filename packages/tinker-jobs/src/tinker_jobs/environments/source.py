@@ -52,7 +52,6 @@ class EnvironmentSource:
         self,
         run: JobRun,
         settings: RLSettings,
-        recipe: str,
         params: EnvironmentParams,
         baseline: Baseline,
         prompts: Sequence[Prompt],
@@ -60,7 +59,6 @@ class EnvironmentSource:
         assert run.refs.task is not None
         self._run = run
         self._settings = settings
-        self._recipe = recipe
         self._params = params
         self._baseline = baseline
         self._prompts = prompts
@@ -81,26 +79,18 @@ class EnvironmentSource:
         settings = RLSettings.of(config)
         baseline, own = split_baseline(recipe.params)
         params = read_params(recipe.name, own, _max_turns(config))
-        limit = None if settings.num_steps is None else settings.num_steps * settings.num_prompts
-        rows = find_prompts(run.refs.prompt_dataset, config.prompt_split)
-        prompts = PromptReader(run, settings.max_new_tokens).read(rows, limit, str(run.refs.prompt_dataset))
-        return cls(run, settings, recipe.name, params, baseline, prompts)
+        dataset, reader = run.refs.prompt_dataset, PromptReader(run, settings.max_new_tokens)
+        prompts = reader.read(find_prompts(dataset, config.prompt_split), settings.max_prompts, str(dataset))
+        return cls(run, settings, params, baseline, prompts)
 
     @property
     def steps_per_pass(self) -> int:
         """Steps in which every prompt is asked once."""
-        return -(-len(self._prompts) // self._settings.num_prompts)
-
-    @property
-    def recipe(self) -> str:
-        """Name of the reward recipe."""
-        return self._recipe
+        return self._settings.steps_per_pass(len(self._prompts))
 
     async def collect(self, step: int, policy: Policy) -> tuple[Rollout, ...]:
         """See `RolloutSource`; raises `JobFailedError` when every environment failed."""
-        first = (step - 1) * self._settings.num_prompts
-        sizes = self._settings.group_sizes
-        prompts = [self._prompts[(first + index) % len(self._prompts)] for index in range(len(sizes))]
+        sizes, prompts = self._settings.group_sizes, self._settings.prompts_of(step, self._prompts)
         tries = [self._try(prompt, policy) for prompt, size in zip(prompts, sizes, strict=True) for _ in range(size)]
         attempts = iter(await gather_episodes(tries))
         groups = [[next(attempts) for _ in range(size)] for size in sizes]
@@ -157,16 +147,17 @@ class EnvironmentSource:
             except TimeoutError:
                 if not limit.expired():
                     raise
-                if attempt.samples:
+                # A verdict stands, however long the environment takes to close.
+                if attempt.passed is None and attempt.samples:
                     attempt.passed = False
-                else:
+                elif attempt.passed is None:
                     attempt.error = f"{self._provider.name}: no environment within {self._params.timeout_s:g} seconds"
         return attempt
 
     async def _play(self, attempt: Attempt, place: Place, prompt: Prompt, policy: Policy) -> None:
         messages = messages_of(prompt.row, self._run.refs)
         while len(attempt.samples) < self._params.max_turns:
-            sample = await self._replies.draw(policy, messages)
+            sample = await self._replies.draw(policy, messages, prompt.row.tools)
             if sample is None:
                 return  # the context is full; what was done is judged
             attempt.samples.append(sample)

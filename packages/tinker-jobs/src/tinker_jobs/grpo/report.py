@@ -34,7 +34,6 @@ class Report:
         self._settings = settings
         self._num_steps = num_steps
         self._history = History(run.spec.metrics, run.first_step)
-        self._num_syncs_before = int(self._history.last("train/weight_sync_count"))
         self._num_syncs = 0
         self._synced_version = -1
 
@@ -63,7 +62,6 @@ class Report:
                 generation_step=step + math.ceil(num_pending / self._settings.num_prompts),
                 num_pending=num_pending,
             ),
-            self._num_syncs_before,
         )
         message = f"step {step} of {self._num_steps}: reward {metrics['train/reward'][0]:.4f}"
         if not learned:
@@ -83,13 +81,7 @@ class Report:
         )
 
     def _artifacts(self) -> dict[str, object]:
-        refs = self._run.refs
-        return {
-            "capability": str(refs.capability),
-            "execution_mode": self._settings.execution_mode,
-            "prompt_dataset": str(refs.prompt_dataset),
-            "task": str(refs.task),
-        }
+        return {**self._run.refs.artifacts(), "execution_mode": self._settings.execution_mode}
 
 
 def _rollouts(group: PromptGroup) -> Iterator[Rollout]:

@@ -34,13 +34,13 @@ import attrs
 from tinker_jobs.environments.names import ENVIRONMENT_RECIPES
 from tinker_jobs.errors import JobRequestError, Mistake
 from tinker_jobs.grpo.advantages import Baseline, split_baseline
+from tinker_jobs.recipes import DEFAULT_RECIPE
 from tinker_jobs.refs import FrozenTask
 from tinker_jobs.requests import RayGRPOJobConfig, RewardRecipe
 
 TASK_SECTION = "grpo"
 """Key of a task's file."""
 COUNTS = ("epochs", "max_new_tokens", "lora_rank")
-DEFAULT_RECIPE = "row_reward_v1"
 DEFAULT_PROMPTS, DEFAULT_GROUP, DEFAULT_WORKERS = 8, 4, 2
 MAX_NEW_TOKENS = 512
 
@@ -132,17 +132,17 @@ def find_mistakes(config: RayGRPOJobConfig, task: FrozenTask | None) -> Iterator
             f"num_rollouts must be a multiple of batch_size ({num_prompts}) and at least twice that: every prompt of a "
             f"step gets equally many completions, which are compared with each other; got {num_rollouts}"
         )
-        yield _mistake(message, "num_rollouts")
+        yield Mistake.in_config(message, "num_rollouts")
     if config.buffer_size is not None and config.buffer_size < num_prompts:
         message = f"buffer_size must be at least batch_size ({num_prompts}), or no step could ever be filled"
-        yield _mistake(message, "buffer_size")
+        yield Mistake.in_config(message, "buffer_size")
     for name in ("max_turns", "max_episode_steps"):
         if (getattr(config, name) or 1) > 1:
             message = f"{name} must be 1 on backend ray, where a prompt is answered once; use backend tinker for more"
-            yield _mistake(message, name)
+            yield Mistake.in_config(message, name)
     if config.reward_recipe is not None and config.reward_recipe.name in ENVIRONMENT_RECIPES:
         message = f"{config.reward_recipe.name} acts in an environment, which backend ray does not offer; use tinker"
-        yield _mistake(message, "reward_recipe", "name")
+        yield Mistake.in_config(message, "reward_recipe", "name")
     yield from _task_mistakes(task)
 
 
@@ -154,12 +154,12 @@ def _section(task: FrozenTask | None) -> Any:  # noqa: ANN401 - what a file says
 def _task_mistakes(task: FrozenTask | None) -> Iterator[Mistake]:
     section = _section(task)
     if not isinstance(section, Mapping):
-        yield _mistake(f"task {task}: {TASK_SECTION} must be a mapping, got {section!r:.60}", "task_ref")
+        yield Mistake.in_config(f"task {task}: {TASK_SECTION} must be a mapping, got {section!r:.60}", "task_ref")
         return
     for name, value in section.items():
         wrong = _what_is_wrong(name, value)
         if wrong:
-            yield _mistake(f"task {task}: {TASK_SECTION}.{name} {wrong}, got {value!r:.60}", "task_ref")
+            yield Mistake.in_config(f"task {task}: {TASK_SECTION}.{name} {wrong}, got {value!r:.60}", "task_ref")
 
 
 def _what_is_wrong(name: str, value: Any) -> str | None:  # noqa: ANN401 - of a file
@@ -171,7 +171,3 @@ def _what_is_wrong(name: str, value: Any) -> str | None:  # noqa: ANN401 - of a 
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return None if is_number and 0 < value < math.inf else "must be a number above 0"
     return f"is unknown (known: {', '.join((*COUNTS, 'temperature'))})"
-
-
-def _mistake(message: str, *loc: str) -> Mistake:
-    return Mistake(loc=("body", "config", *loc), msg=message, type="value_error")

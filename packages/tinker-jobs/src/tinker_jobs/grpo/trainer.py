@@ -26,8 +26,8 @@ from tinker_jobs.grpo.report import Report
 from tinker_jobs.grpo.settings import GRPOSettings
 from tinker_jobs.grpo.worker import WorkerSpec
 from tinker_jobs.requests import RayGRPOJobConfig
-from tinker_jobs.rl.prompt_rows import PromptReader, context_length, find_prompts
-from tinker_jobs.worker.run import JobRun
+from tinker_jobs.rl.prompt_rows import PromptReader, find_prompts
+from tinker_jobs.worker.run import JobRun, checkpoint_name
 
 RAY_ADDRESS, SERVER_URL = "jobs-ray-address", "jobs-ray-server-url"
 """Options of the service."""
@@ -62,7 +62,7 @@ def prepare(run: JobRun) -> Work:
     assert isinstance(config, RayGRPOJobConfig)
     assert dataset is not None
     settings = GRPOSettings.of(config, task)
-    max_new_tokens = settings.max_new_tokens_in(context_length(run.rest, run.spec.base_model))
+    max_new_tokens = settings.max_new_tokens_in(run.context_length)
     prompts = PromptReader(run, max_new_tokens).read(find_prompts(dataset), None, str(dataset))
     return Work(
         settings=attrs.evolve(settings, max_new_tokens=max_new_tokens),
@@ -166,9 +166,9 @@ class GRPOTraining:
         self._buffer.put(await pool.roll_out(asked, lambda: self._policy))
 
     async def _save(self, client: tinker.TrainingClient, step: int) -> None:
-        interval = self._settings.checkpoint_interval
-        if interval is not None and step % interval == 0 and step < self._plan.num_steps:  # the last one is "final"
-            await self._save_as(client, f"checkpoint-{step // interval}-step{step}", step)
+        name = checkpoint_name(step, self._settings.checkpoint_interval, self._plan.num_steps)
+        if name is not None:
+            await self._save_as(client, name, step)
 
     async def _save_as(self, client: tinker.TrainingClient, name: str, step: int) -> None:
         await asyncio.to_thread(self._run.save_checkpoint, client, name, step, self._plan.state)

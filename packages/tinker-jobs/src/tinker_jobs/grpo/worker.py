@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import socket
-import traceback
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +15,7 @@ from tinker import types
 from transformers import PreTrainedTokenizerBase
 
 from tinker_core.plugins import Plugins
-from tinker_core.rewards import Reward, RewardError
+from tinker_core.rewards import RewardError
 from tinker_jobs.errors import JobFailedError
 from tinker_jobs.grpo.groups import Asked, Completion, PromptGroup, PublishedPolicy
 from tinker_jobs.rl.prompts import Judge
@@ -86,23 +84,11 @@ class RolloutWorker:
     def _complete(self, asked: Asked, sequence: types.SampledSequence) -> Completion:
         if sequence.logprobs is None:
             raise JobFailedError("the sampler gave no log-probabilities of its own tokens")
-        reward = self._reward(asked, str(self._spec.tokenizer.decode(sequence.tokens, skip_special_tokens=True)))
+        text = str(self._spec.tokenizer.decode(sequence.tokens, skip_special_tokens=True))
+        reward = self._judge(text, asked.prompt.row, asked.prompt.where)
         return Completion(
             tokens=tuple(sequence.tokens),
             logprobs=tuple(sequence.logprobs),
             reward=reward.value,
             metrics=dict(reward.metrics),
         )
-
-    def _reward(self, asked: Asked, completion: str) -> Reward:
-        where, recipe = asked.prompt.where, self._spec.recipe
-        try:
-            reward = self._judge(completion, asked.prompt.row)
-        except RewardError as error:
-            raise JobFailedError(f"{where}: {error}") from error
-        except Exception as error:  # a plugin's recipe raises what it likes; its author needs the lines
-            traceback.print_exc()
-            raise JobFailedError(f"{where}: {recipe} failed: {type(error).__name__}: {error}") from error
-        if not math.isfinite(reward.value):
-            raise JobFailedError(f"{where}: {recipe} gave the reward {reward.value}")
-        return reward

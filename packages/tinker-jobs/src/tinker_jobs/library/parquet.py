@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator
 from datetime import date, time
 from decimal import Decimal
-from typing import Any, BinaryIO
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tinker_jobs.library.bad_rows import UnreadableRowError
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
 
 MAGIC = b"PAR1"
 """First bytes of the format."""
@@ -21,6 +21,9 @@ _BUFFER_BYTES = 1024 * 1024
 
 def read_parquet(stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
     """Row numbers from 1 and rows. A few rows are in memory at once. Raises `UnreadableRowError`."""
+    import pyarrow as pa  # here, because few jobs need what takes so long to load
+    import pyarrow.parquet as pq
+
     number = 0
     try:
         # Unbuffered, a whole row group would be read at once.
@@ -33,7 +36,7 @@ def read_parquet(stream: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UnreadableRowError(None, f"not a whole Parquet file: {error} (after row {number})") from error
 
 
-def _row(batch: pa.RecordBatch, number: int) -> dict[str, Any]:
+def _row(batch: RecordBatch, number: int) -> dict[str, Any]:
     try:
         (row,) = batch.to_pylist()
         return {name: _value(value) for name, value in row.items()}

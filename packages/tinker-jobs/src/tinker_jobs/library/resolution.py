@@ -35,9 +35,7 @@ class Resolution:
     def refs(self, request: CreateJobRequest) -> FrozenRefs:
         """Everything that the request names. Raises `JobRequestError` with every mistake."""
         asked = request.capability_ref
-        capability = self._try(
-            lambda: self._library.freeze_capability(asked.name, asked.version), "body", "capability_ref"
-        )
+        capability = self._try(lambda: self._library.freeze_capability(asked.name, asked.version), "capability_ref")
         refs = self._refs_of(request.config)
         if self._mistakes or capability is None:
             raise JobRequestError(self._mistakes)
@@ -68,13 +66,13 @@ class Resolution:
     def _dataset(self, ref: DatasetRef | None, *loc: str | int) -> FrozenDataset | None:
         dataset = self._find_dataset(ref, *loc)
         if dataset is not None and dataset.default_split not in dataset.splits:
-            self._note(f"{dataset} has no split {dataset.default_split!r} ({_splits(dataset)})", "body", "config", *loc)
+            self._note(f"{dataset} has no split {dataset.default_split!r} ({_splits(dataset)})", "config", *loc)
         return dataset
 
     def _find_dataset(self, ref: DatasetRef | None, *loc: str | int) -> FrozenDataset | None:
         if ref is None:
             return None
-        return self._try(lambda: self._library.freeze_dataset(ref.name, ref.version), "body", "config", *loc)
+        return self._try(lambda: self._library.freeze_dataset(ref.name, ref.version), "config", *loc)
 
     def _eval_dataset(self, ref: DatasetRef | None) -> FrozenDataset | None:
         dataset = self._find_dataset(ref, "eval_dataset_ref")
@@ -82,21 +80,19 @@ class Resolution:
             return None
         split = evaluation_split(dataset.splits)
         if split not in dataset.splits:
-            self._note(
-                f"{dataset} has no split to evaluate on ({_splits(dataset)})", "body", "config", "eval_dataset_ref"
-            )
+            self._note(f"{dataset} has no split to evaluate on ({_splits(dataset)})", "config", "eval_dataset_ref")
         return attrs.evolve(dataset, default_split=split)
 
     def _prompts(self, ref: DatasetRef | None, split: str | None) -> FrozenDataset | None:
         if split is None:
             return self._dataset(ref, "prompt_dataset_ref")
         if ref is None:
-            self._note("prompt_split requires prompt_dataset_ref", "body", "config", "prompt_split")
+            self._note("prompt_split requires prompt_dataset_ref", "config", "prompt_split")
         dataset = self._find_dataset(ref, "prompt_dataset_ref")
         if dataset is None:
             return None
         if split not in dataset.splits:
-            self._note(f"{dataset} has no split {split!r} ({_splits(dataset)})", "body", "config", "prompt_split")
+            self._note(f"{dataset} has no split {split!r} ({_splits(dataset)})", "config", "prompt_split")
         return attrs.evolve(dataset, default_split=split)
 
     def _trajectories(self, refs: list[DatasetRef]) -> tuple[FrozenDataset, ...]:
@@ -104,13 +100,13 @@ class Resolution:
         return tuple(dataset for dataset in found if dataset is not None)
 
     def _task(self, ref: str | None) -> FrozenTask | None:
-        return None if ref is None else self._try(lambda: self._library.freeze_task(ref), "body", "config", "task_ref")
+        return None if ref is None else self._try(lambda: self._library.freeze_task(ref), "config", "task_ref")
 
     def _world(self, config: TinkerRLJobConfig) -> FrozenWorld | None:
         world_id, goal = config.world_manifest_id, config.world_goal
         if world_id is None:
             return None
-        found = self._try(lambda: self._library.read_world(world_id), "body", "config", "world_manifest_id")
+        found = self._try(lambda: self._library.read_world(world_id), "config", "world_manifest_id")
         if found is None:
             return None
         path, world = found
@@ -132,24 +128,24 @@ class Resolution:
         if runtime is None:
             known = ", ".join(world.runtimes) or "none"
             message = f"world {frozen.manifest_id} has no runtime {runtime_id!r} (known runtimes: {known})"
-            self._note(message, "body", "config", "world_runtime_id")
+            self._note(message, "config", "world_runtime_id")
             return None
         if agent is not None and runtime.agents is not None and agent not in runtime.agents:
             message = f"runtime {runtime_id} has no agent {agent!r} (known agents: {', '.join(runtime.agents)})"
-            self._note(message, "body", "config", "world_agent_name")
+            self._note(message, "config", "world_agent_name")
             return None
         field = "world_runtime_id" if agent is None else "world_agent_name"
-        return self._try(lambda: self._library.agent_prompt(runtime.capability, agent), "body", "config", field)
+        return self._try(lambda: self._library.agent_prompt(runtime.capability, agent), "config", field)
 
-    def _try(self, find: Callable[[], Found], *loc: str | int) -> Found | None:
+    def _try(self, find: Callable[[], Found], *path: str | int) -> Found | None:
         try:
             return find()
         except LibraryError as error:
-            self._note(str(error), *loc)
+            self._note(str(error), *path)
             return None
 
-    def _note(self, message: str, *loc: str | int) -> None:
-        self._mistakes.append(Mistake(loc=loc, msg=message, type="value_error"))
+    def _note(self, message: str, *path: str | int) -> None:
+        self._mistakes.append(Mistake.in_body(message, *path))
 
 
 def _splits(dataset: FrozenDataset) -> str:

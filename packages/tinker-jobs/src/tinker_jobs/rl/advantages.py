@@ -17,10 +17,7 @@ from enum import StrEnum
 from statistics import mean
 from typing import Any
 
-from tinker_core.rewards import RewardError
-
-BASELINE = "baseline"
-"""The parameter that every recipe has, and none sees."""
+from tinker_jobs.baselines import take_baseline
 
 
 class Baseline(StrEnum):
@@ -36,11 +33,7 @@ def split_baseline(params: Mapping[str, Any]) -> tuple[Baseline, dict[str, Any]]
 
     Raises `RewardError` for a baseline that does not exist.
     """
-    own = {name: value for name, value in params.items() if name != BASELINE}
-    value = params.get(BASELINE, Baseline.GROUP_MEAN)
-    if value not in tuple(Baseline):
-        raise RewardError(f"params.{BASELINE} must be one of {', '.join(Baseline)}, got {value!r}")
-    return Baseline(value), own
+    return take_baseline(params, Baseline)
 
 
 def advantages(groups: Sequence[Sequence[float]], baseline: Baseline) -> list[list[float]]:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, Protocol
 
+from tinker_jobs.protocol import EVAL_STEPS, STEPS
 from tinker_jobs.rl.rollouts import Rollout, RolloutGroup
 
-STEPS, EVAL_STEPS = "steps", "eval/steps"
+_NUM_SYNCS = "train/weight_sync_count"
 _AT_THE_END = {"train/reward_max": "train/reward_max_per_step", "train/reward_min": "train/reward_min_per_step"}
 """Series whose names belong to single numbers once the job is complete."""
 
@@ -23,7 +24,7 @@ class Drawing(Protocol):
 
     @property
     def num_syncs(self) -> int:
-        """Times that the policy was refreshed."""
+        """Times that this process refreshed the policy."""
 
     @property
     def generation_step(self) -> int:
@@ -42,9 +43,12 @@ class History:
         self._rows: dict[str, dict[int, dict[str, float]]] = {
             axis: _rows_of(reported, axis, first_step) for axis in (STEPS, EVAL_STEPS)
         }
+        rows = self._rows[STEPS]
+        # What draws begins to count anew with each process.
+        self._num_syncs_before = int(rows[max(rows)].get(_NUM_SYNCS, 0)) if rows else 0
 
-    def add_step(self, group: RolloutGroup, schedule: Drawing, num_syncs_before: int) -> dict[str, Any]:
-        """Take a step's numbers; what to report of it. ``num_syncs_before`` were those of earlier processes."""
+    def add_step(self, group: RolloutGroup, schedule: Drawing) -> dict[str, Any]:
+        """Take a step's numbers; what to report of it."""
         rewards = [rollout.reward for rollout in group.rollouts]
         row = {
             "train/reward": fmean(rewards),
@@ -53,7 +57,7 @@ class History:
             "train/num_rollouts_per_step": len(rewards),
             "train/model_version": group.step,
             "train/last_synced_model_version": schedule.synced_version,
-            "train/weight_sync_count": num_syncs_before + schedule.num_syncs,
+            _NUM_SYNCS: self._num_syncs_before + schedule.num_syncs,
             "train/staleness": group.step - 1 - group.version,
             "train/generation_step": schedule.generation_step,
             "train/pending_generation_groups": schedule.num_pending,
@@ -64,11 +68,6 @@ class History:
     def add_evaluation(self, step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
         """Take an evaluation's numbers; what to report of it."""
         return self._add(EVAL_STEPS, step, dict(metrics))
-
-    def last(self, name: str) -> float:
-        """The newest number of a series of steps; 0 before the first."""
-        rows = self._rows[STEPS]
-        return rows[max(rows)].get(name, 0) if rows else 0
 
     def summary(self) -> dict[str, Any]:
         """All of it: numbers about the whole job, and the series."""
@@ -99,7 +98,7 @@ def _totals(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         "async/training_step": last["train/model_version"],
         "async/model_version": last["train/model_version"],
         "async/last_synced_model_version": last["train/last_synced_model_version"],
-        "async/weight_sync_count": last["train/weight_sync_count"],
+        "async/weight_sync_count": last[_NUM_SYNCS],
         "async/max_staleness_observed": max(row["train/staleness"] for row in rows),
         "async/max_pending_generation_groups": max(row["train/pending_generation_groups"] for row in rows),
     }

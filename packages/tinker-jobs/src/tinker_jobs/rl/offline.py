@@ -45,15 +45,21 @@ def _actions(conversation: Conversation, where: str, tokenizer: PreTrainedTokeni
         expected = _text_of(conversation, index, tokenizer)
         if expected:
             content = {"messages": list(before), "expected_output": expected, "reward": conversation.reward}
-            row = PromptRow(messages=before, expected_output=expected, reward=conversation.reward, content=content)
-            yield FoundRow(where=f"{where}, message {index + 1}", row=row, tools=conversation.tools)
+            row = PromptRow(
+                messages=before,
+                expected_output=expected,
+                reward=conversation.reward,
+                content=content,
+                tools=conversation.tools,
+            )
+            yield FoundRow(where=f"{where}, message {index + 1}", row=row)
 
 
 def _text_of(conversation: Conversation, index: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """What the policy would have to say for this step."""
     message, before = conversation.messages[index], conversation.messages[:index]
-    if not message.get("tool_calls") and isinstance(message["content"], str):
-        return message["content"].strip()
+    if not message.get("tool_calls"):
+        return str(message["content"]).strip()
     prompt = render_text(tokenizer, before, tools=conversation.tools, prompts_reply=True)
     whole = render_text(tokenizer, (*before, message), tools=conversation.tools, prompts_reply=False)
     if not whole.startswith(prompt):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
 
 import attrs
-import tinker
 
 from tinker_jobs.errors import JobFailedError
 from tinker_jobs.library.datasets import read_prompts
@@ -25,7 +23,6 @@ class FoundRow:
     where: str
     """Such as ``questions@1.0.0 row 17``."""
     row: PromptRow
-    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @attrs.frozen(kw_only=True)
@@ -40,7 +37,7 @@ class Prompt:
 def find_prompts(dataset: FrozenDataset, split: str | None = None) -> Iterator[FoundRow | None]:
     """The rows of a prompt dataset; None for each that is no prompt. Raises `JobFailedError` that names the row."""
     for number, row in read_prompts(dataset, split):
-        yield None if row is None else FoundRow(where=f"{dataset} row {number}", row=row, tools=row.tools)
+        yield None if row is None else FoundRow(where=f"{dataset} row {number}", row=row)
 
 
 class PromptReader:
@@ -49,7 +46,7 @@ class PromptReader:
     def __init__(self, run: JobRun, max_new_tokens: int) -> None:
         self._run = run
         self._max_new_tokens = max_new_tokens
-        self._context = context_length(run.rest, run.spec.base_model)
+        self._context = run.context_length
 
     def read(self, rows: Iterator[FoundRow | None], limit: int | None, source: str) -> tuple[Prompt, ...]:
         """The first ``limit`` usable prompts; the others are counted in the job's log. ``source`` names the rows.
@@ -88,7 +85,7 @@ class PromptReader:
     def _render(self, found: FoundRow) -> Sequence[int]:
         messages = messages_of(found.row, self._run.refs)
         try:
-            return render_prompt(self._run.tokenizer, messages, found.tools)
+            return render_prompt(self._run.tokenizer, messages, found.row.tools)
         except JobFailedError as error:
             raise JobFailedError(f"{found.where}: {error}") from error
 
@@ -102,9 +99,3 @@ class PromptReader:
                 f"into the {self._context} tokens of the model's context"
             )
         return skipped
-
-
-def context_length(rest: tinker.RestClient, base_model: str) -> int | None:
-    """Tokens that the server lets a sequence of this model have; None when it does not say."""
-    models = rest.get_server_capabilities().result().supported_models
-    return next((model.max_context_length for model in models if model.model_name == base_model), None)

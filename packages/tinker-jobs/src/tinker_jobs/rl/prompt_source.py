@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import math
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain
 from statistics import fmean
 
@@ -16,6 +15,7 @@ from tinker import types
 from tinker_core.plugins import Plugins
 from tinker_core.rewards import Reward, RewardError
 from tinker_jobs.errors import JobFailedError
+from tinker_jobs.recipes import DEFAULT_RECIPE
 from tinker_jobs.requests import RewardRecipe, TinkerRLJobConfig
 from tinker_jobs.rl.advantages import Baseline, advantages, split_baseline
 from tinker_jobs.rl.offline import OFFLINE_RECIPE, find_actions
@@ -25,7 +25,6 @@ from tinker_jobs.rl.rollouts import Policy, Rollout, Turn
 from tinker_jobs.rl.settings import RLSettings
 from tinker_jobs.worker.run import JobRun
 
-DEFAULT_RECIPE = "row_reward_v1"
 MAX_JUDGING_THREADS = 64
 """Completions that are judged at once: recipes may wait long for something outside."""
 
@@ -72,9 +71,7 @@ class PromptSource:
         self._baseline = baseline
         self._prompts = prompts
         self._eval_prompts = eval_prompts
-        # Stops at the end of an answer too: a request's own stop texts take the place of that.
-        ends = [run.tokenizer.eos_token] if settings.stop and run.tokenizer.eos_token else []
-        self._stop = [*settings.stop, *ends] or None
+        self._stop = list(settings.stop_texts(run.tokenizer.eos_token)) or None
         self._threads = ThreadPoolExecutor(MAX_JUDGING_THREADS, thread_name_prefix="reward")
 
     @classmethod
@@ -83,8 +80,7 @@ class PromptSource:
         settings = RLSettings.of(config)
         judge, baseline = open_judge(run, config)
         reader = PromptReader(run, settings.max_new_tokens)
-        limit = None if settings.num_steps is None else settings.num_steps * settings.num_prompts
-        prompts = reader.read(_rows(run, config), limit, ", ".join(_sources(run)))
+        prompts = reader.read(_rows(run, config), settings.max_prompts, ", ".join(_sources(run)))
         eval_prompts: Sequence[Prompt] = ()
         if run.refs.eval_dataset is not None:
             rows = find_prompts(run.refs.eval_dataset)
@@ -94,21 +90,12 @@ class PromptSource:
     @property
     def steps_per_pass(self) -> int:
         """Steps in which every prompt is asked once."""
-        return math.ceil(len(self._prompts) / self._settings.num_prompts)
-
-    @property
-    def recipe(self) -> str:
-        """Name of the reward recipe."""
-        return self._judge.recipe.name
+        return self._settings.steps_per_pass(len(self._prompts))
 
     async def collect(self, step: int, policy: Policy) -> tuple[Rollout, ...]:
         """See `RolloutSource`."""
-        sizes, first = self._settings.group_sizes, (step - 1) * self._settings.num_prompts
-        asked = (
-            self._complete(policy, self._prompts[(first + index) % len(self._prompts)], size)
-            for index, size in enumerate(sizes)
-        )
-        groups = await asyncio.gather(*asked)
+        prompts, sizes = self._settings.prompts_of(step, self._prompts), self._settings.group_sizes
+        groups = await asyncio.gather(*map(partial(self._complete, policy), prompts, sizes))
         rewards = [[completion.reward.value for completion in group] for group in groups]
         pairs = zip(chain(*groups), chain(*advantages(rewards, self._baseline)), strict=True)
         return tuple(completion.rollout(advantage) for completion, advantage in pairs)
@@ -157,16 +144,7 @@ class PromptSource:
     def _reward(self, prompt: Prompt, tokens: Sequence[int]) -> Reward:
         """Judge a completion; runs in a thread."""
         completion = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
-        try:
-            reward = self._judge(str(completion), prompt.row)
-        except RewardError as error:
-            raise JobFailedError(f"{prompt.where}: {error}") from error
-        except Exception as error:  # a plugin's recipe raises what it likes; its author needs the lines
-            traceback.print_exc()
-            raise JobFailedError(f"{prompt.where}: {self.recipe} failed: {type(error).__name__}: {error}") from error
-        if not math.isfinite(reward.value):
-            raise JobFailedError(f"{prompt.where}: {self.recipe} gave the reward {reward.value}")
-        return reward
+        return self._judge(str(completion), prompt.row, prompt.where)
 
 
 def open_judge(run: JobRun, config: TinkerRLJobConfig) -> tuple[Judge, Baseline]:

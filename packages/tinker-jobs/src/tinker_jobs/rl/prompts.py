@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 
-from tinker_core.rewards import Judged, Reward, RewardRecipePlugin
+from tinker_core.rewards import Judged, Reward, RewardError, RewardRecipePlugin
+from tinker_jobs.errors import JobFailedError
 from tinker_jobs.refs import FrozenRefs
 from tinker_jobs.rows import Message, PromptRow
 
@@ -48,8 +51,20 @@ class Judge:
     params: Mapping[str, Any]
     verification: Mapping[str, Any] | None = None
 
-    def __call__(self, completion: str, row: PromptRow) -> Reward:
-        """How good a completion is. Raises `RewardError`."""
+    def __call__(self, completion: str, row: PromptRow, where: str) -> Reward:
+        """How good a completion is. Raises `JobFailedError` that begins with ``where`` the row is from."""
+        try:
+            reward = self._score(completion, row)
+        except RewardError as error:
+            raise JobFailedError(f"{where}: {error}") from error
+        except Exception as error:  # a plugin's recipe raises what it likes; its author needs the lines
+            traceback.print_exc()
+            raise JobFailedError(f"{where}: {self.recipe.name} failed: {type(error).__name__}: {error}") from error
+        if not math.isfinite(reward.value):
+            raise JobFailedError(f"{where}: {self.recipe.name} gave the reward {reward.value}")
+        return reward
+
+    def _score(self, completion: str, row: PromptRow) -> Reward:
         return self.recipe.score(
             Judged(
                 completion=completion.strip(),

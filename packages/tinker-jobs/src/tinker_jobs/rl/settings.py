@@ -21,7 +21,9 @@ are answered once more than the others. What a completion's reward is compared w
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import attrs
 
@@ -29,6 +31,7 @@ from tinker_jobs.requests import TinkerRLJobConfig
 
 DEFAULT_ROLLOUTS = 8
 DEFAULT_EVAL_INTERVAL = 10
+_Prompt = TypeVar("_Prompt")
 
 
 @attrs.frozen(kw_only=True)
@@ -82,6 +85,27 @@ class RLSettings:
         """Completions of each prompt of a step."""
         size, remainder = divmod(self.num_rollouts, self.num_prompts)
         return tuple(size + (index < remainder) for index in range(self.num_prompts))
+
+    @property
+    def max_prompts(self) -> int | None:
+        """Prompts that all steps ask for, beyond which none need be read; None for all that there are."""
+        return None if self.num_steps is None else self.num_steps * self.num_prompts
+
+    def steps_per_pass(self, num_prompts: int) -> int:
+        """Steps in which each of so many prompts is asked once."""
+        return math.ceil(num_prompts / self.num_prompts)
+
+    def prompts_of(self, step: int, prompts: Sequence[_Prompt]) -> list[_Prompt]:
+        """Those of a step, counted from 1: all of them in turn, and then from the first one again."""
+        first = (step - 1) * self.num_prompts
+        return [prompts[(first + index) % len(prompts)] for index in range(self.num_prompts)]
+
+    def stop_texts(self, end: str | None) -> tuple[str, ...]:
+        """Texts that end a completion; none where the model's own ``end`` alone does.
+
+        The server takes a request's texts in place of that end, so it stands among them.
+        """
+        return (*self.stop, end) if self.stop and end else self.stop
 
     @property
     def groups_ahead(self) -> int:

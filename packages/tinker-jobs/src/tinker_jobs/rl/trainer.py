@@ -19,7 +19,7 @@ from tinker_jobs.rl.prompt_source import PromptSource
 from tinker_jobs.rl.rollouts import Policy, RolloutGroup, RolloutSource
 from tinker_jobs.rl.schedule import Plan, Schedule
 from tinker_jobs.rl.settings import DEFAULT_EVAL_INTERVAL, RLSettings
-from tinker_jobs.worker.run import JobRun
+from tinker_jobs.worker.run import JobRun, checkpoint_name
 
 
 @runtime_checkable
@@ -67,7 +67,6 @@ class _Training:
         self._config = config
         self._settings = RLSettings.of(config)
         self._history = History(run.spec.metrics, run.first_step)
-        self._num_syncs_before = int(self._history.last("train/weight_sync_count"))
         self._adam = types.AdamParams(learning_rate=self._settings.learning_rate, beta1=0.9, beta2=0.95, eps=1e-8)
 
     async def run(self) -> None:
@@ -129,9 +128,8 @@ class _Training:
         return "ppo" if self._settings.algorithm == "ppo" else "importance_sampling"
 
     async def _save(self, client: tinker.TrainingClient, step: int, num_steps: int) -> None:
-        interval = self._settings.checkpoint_interval
-        if interval is not None and step % interval == 0 and step < num_steps:  # the last one is "final"
-            name = f"checkpoint-{step // interval}-step{step}"
+        name = checkpoint_name(step, self._settings.checkpoint_interval, num_steps)
+        if name is not None:
             await asyncio.to_thread(self._run.save_checkpoint, client, name, step)
 
     # --- reporting ----------------------------------------------------------------------------------------------------
@@ -163,7 +161,7 @@ class _Training:
         return found
 
     def _report_step(self, group: RolloutGroup, schedule: Schedule, num_steps: int) -> None:
-        metrics = self._history.add_step(group, schedule, self._num_syncs_before)
+        metrics = self._history.add_step(group, schedule)
         reward = metrics["train/reward"][0]
         message = f"step {group.step} of {num_steps}: reward {reward:.4f}"
         self._run.emit(EventType.STEP_COMPLETE, message, metrics=metrics, data={"step": group.step})
@@ -175,19 +173,7 @@ class _Training:
         self._run.emit(EventType.EVAL_COMPLETE, message, metrics=reported, data={"step": step})
 
     def _artifacts(self) -> dict[str, object]:
-        refs = self._run.refs
-        found: dict[str, object] = {"capability": str(refs.capability), "execution_mode": self._settings.execution_mode}
-        for name, ref in (("prompt_dataset", refs.prompt_dataset), ("eval_dataset", refs.eval_dataset)):
-            if ref is not None:
-                found[name] = str(ref)
-        if refs.trajectory_datasets:
-            found["trajectory_datasets"] = [str(dataset) for dataset in refs.trajectory_datasets]
-        if refs.task is not None:
-            found["task"] = str(refs.task)
-        if refs.world is not None:
-            found["world_manifest_id"] = refs.world.manifest_id
-            found["world_server_url"] = refs.world.server_url
-        return found
+        return {**self._run.refs.artifacts(), "execution_mode": self._settings.execution_mode}
 
 
 async def _publish(client: tinker.TrainingClient, version: int) -> Policy:

@@ -20,7 +20,7 @@ from tinker_jobs.service.store import JobStore, NewLine
 log = logging.getLogger(__name__)
 
 STORAGE_RETRY_SECONDS = 2.0
-"""Time between two attempts to keep what a job's process reported, while the database fails."""
+"""Time between two attempts to start a job's process or to keep what it reported, while the database fails."""
 
 _NUL = str.maketrans({"\0": "\N{REPLACEMENT CHARACTER}"})
 """No database keeps a NUL in a text."""

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,6 @@ def _fits(entry: Mapping[str, Any], query: CatalogQuery) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=256)
 def read_architecture(path: str) -> Architecture:
     """What the files of a model say: those in a directory, or those that the hub's cache has of a repository."""
     directory = _directory_of(path)
@@ -111,14 +111,16 @@ def _directory_of(path: str) -> Path | None:
 
 
 def _count_parameters(directory: Path) -> int:
-    from safetensors import safe_open
+    return sum(_count_in(file) for file in directory.glob("*.safetensors"))
 
-    total = 0
-    for file in sorted(directory.glob("*.safetensors")):
+
+@functools.lru_cache(maxsize=4096)  # of a file that is there: a model may come while the server runs
+def _count_in(file: Path) -> int:
+    from safetensors import SafetensorError, safe_open
+
+    try:
         with safe_open(str(file), framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
-                size = 1
-                for length in tensors.get_slice(name).get_shape():
-                    size *= length
-                total += size
-    return total
+            names = tensors.keys()
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+    except SafetensorError as error:
+        raise ValueError(f"{file.name}: {error}") from error

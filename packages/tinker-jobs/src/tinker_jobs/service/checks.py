@@ -17,6 +17,7 @@ from tinker_jobs.grpo.settings import find_mistakes
 from tinker_jobs.library.library import Library
 from tinker_jobs.refs import FrozenRefs, FrozenTask
 from tinker_jobs.requests import (
+    CHECKPOINT_SCHEME,
     CreateJobRequest,
     CreateRayGRPOJobRequest,
     CreateTinkerRLJobRequest,
@@ -24,10 +25,6 @@ from tinker_jobs.requests import (
 )
 from tinker_jobs.service.reward_checks import recipe_mistakes, turn_mistakes
 from tinker_jobs.worlds.checking import world_mistakes
-
-CHECKPOINT_SCHEME = "tinker://"
-_MODEL = ("body", "model")
-_CONFIG = ("body", "config")
 
 
 @attrs.frozen(kw_only=True)
@@ -77,7 +74,7 @@ def ray_is_installed() -> bool:
 def _check_backend(request: CreateJobRequest) -> Iterator[Mistake]:
     if request.backend == "ray" and not ray_is_installed():
         message = "backend ray is not installed on this server; install it with: pip install 'tinker-jobs[ray]'"
-        yield _wrong(("body", "backend"), message)
+        yield Mistake.in_body(message, "backend")
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -121,16 +118,12 @@ async def _base_of_checkpoint(request: CreateJobRequest, caller: Caller, server:
     wanted, has = getattr(request.config, "lora_rank", None), record.lora_config.rank
     if wanted not in (None, has):
         message = f"{_show(request.model)} has LoRA rank {has}; leave lora_rank out or set it to that"
-        raise JobRequestError([_wrong((*_CONFIG, "lora_rank"), message)])
+        raise JobRequestError([Mistake.in_config(message, "lora_rank")])
     return record.base_model
 
 
 def _model_error(message: str) -> JobRequestError:
-    return JobRequestError([_wrong(_MODEL, message)])
-
-
-def _wrong(loc: tuple[str, ...], message: str) -> Mistake:
-    return Mistake(loc=loc, msg=message, type="value_error")
+    return JobRequestError([Mistake.in_body(message, "model")])
 
 
 def _show(text: str) -> str:

@@ -10,9 +10,8 @@ from pathlib import Path
 from starlette.responses import FileResponse, Response
 
 from tinker_core.errors import UserError
+from tinker_jobs.protocol import FILES
 
-FOLDER = "files"
-"""Of a job's directory: what clients may fetch; everything else in there is the server's."""
 _HEADERS = {
     # An SVG may hold scripts, and trainers of plugins may draw what others wrote.
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; sandbox",
@@ -31,7 +30,7 @@ def send_file(directory: Path, name: str) -> Response:
     """A regular file of a job's folder; raises `UnknownFileError` for everything else, links among it."""
     if name in ("", ".", "..") or "/" in name or "\0" in name or os.sep in name:
         raise UnknownFileError
-    path = directory / FOLDER / name
+    path = directory / FILES / name
     try:
         found = path.lstat()
     except (OSError, ValueError) as error:

@@ -165,7 +165,8 @@ class Jobs:
             if len(lines) == LINES_AT_ONCE:
                 continue
             if record.status.is_final or self._closing:
-                self._news.pop(job_id, None)
+                if self._news.get(job_id) is news:  # else somebody waits there for what came after
+                    del self._news[job_id]
                 if record.status.is_final:
                     yield record
                 return

@@ -54,6 +54,9 @@ async def hold_directory(directory: Path) -> AsyncIterator[int]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         await _wait_for(descriptor)
+    except OSError:  # such as a file system without locks
+        os.close(descriptor)
+        raise
     try:
         yield descriptor
     finally:
@@ -120,7 +123,11 @@ class JobProcess:
                 start_new_session=True,
             )
             started = cls(process, log, errors.tell())
-        await started._write(encode(spec))
+        try:
+            await started._write(encode(spec))
+        except BaseException:
+            await started.end()
+            raise
         return started
 
     async def _reap(self) -> None:

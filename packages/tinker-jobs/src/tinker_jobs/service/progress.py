@@ -10,10 +10,9 @@ from typing import Any
 import attrs
 
 from tinker_core.errors import InvalidRequestError
-from tinker_jobs.protocol import EventType, JobEvent
+from tinker_jobs.protocol import EVAL_STEPS, STEPS, EventType, JobEvent
 from tinker_jobs.records import JobRecord, JobStatus, LogRecord
 
-STEPS, EVAL_STEPS = "steps", "eval/steps"
 _EVAL = "eval/"
 
 _FINAL = {
@@ -28,7 +27,7 @@ class Metrics:
 
     A number takes the place of the one before it. A series has one place for each step of its axis, in order of the
     steps: what is reported again for a step replaces it, and a step for which nothing was reported holds None. A list
-    without an axis beside it is appended to.
+    without an axis beside it is appended to. What a name is may change with every report.
     """
 
     def __init__(self) -> None:
@@ -48,8 +47,10 @@ class Metrics:
         by_axis, loose = _by_axis(reported)
         for name, value in reported.items():
             if not _is_list(value):
+                self._detach(name)
                 self._values[name] = value
         for name in loose:
+            self._detach(name)
             self._values[name] = [*(() if whole else self._list(name)), *reported[name]]
         for axis, names in by_axis.items():
             self._merge_series(axis, reported[axis], {name: reported[name] for name in names})
@@ -57,6 +58,7 @@ class Metrics:
     def _merge_series(self, axis: str, steps: Sequence[float], series: Mapping[str, Sequence[Any]]) -> None:
         known = self._values.setdefault(axis, [])
         for name in series.keys() - self._series[axis]:
+            self._detach(name)
             self._values[name] = [None] * len(known)
             self._series[axis].add(name)
         for place, step in enumerate(steps):
@@ -67,6 +69,11 @@ class Metrics:
                     self._values[name].insert(index, None)
             for name, values in series.items():
                 self._values[name][index] = values[place]
+
+    def _detach(self, name: str) -> None:
+        """Let a name be no series any more."""
+        for names in self._series.values():
+            names.discard(name)
 
     def _list(self, name: str) -> list[Any]:
         found = self._values.get(name)

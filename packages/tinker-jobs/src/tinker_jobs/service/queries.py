@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tinker_jobs.errors import JobRequestError
 from tinker_jobs.protocol import EventType, JobEvent
-from tinker_jobs.service.refusals import mistakes_of
+from tinker_jobs.requests import mistakes_of
 
 _MOST = 2**31 - 1
 _Size = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tinker_jobs.errors import JobRequestError, JobStateError, Mistake
+from tinker_jobs.requests import mistakes_of
 
 _Model = TypeVar("_Model", bound=BaseModel)
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -40,14 +41,6 @@ def _entry(mistake: Mistake) -> dict[str, object]:
 
 def _refuse(detail: object, status: int) -> Response:
     return Response(orjson.dumps({"detail": detail}), status_code=status, media_type="application/json")
-
-
-def mistakes_of(error: ValidationError, *place: str) -> list[Mistake]:
-    """What pydantic found, below a place such as ``query``."""
-    return [
-        Mistake(loc=(*place, *found["loc"]), msg=found["msg"].removeprefix("Value error, "), type=found["type"])
-        for found in error.errors(include_url=False, include_input=False, include_context=False)
-    ]
 
 
 def read_query(model: type[_Model], request: Request) -> _Model:
@@ -85,4 +78,4 @@ def _refuse_nul(body: dict[str, object]) -> None:
         elif isinstance(value, list):
             pending += [((*loc, index), item) for index, item in enumerate(value)]
         elif isinstance(value, str) and "\0" in value:
-            raise JobRequestError([Mistake(loc=loc, msg="text must not contain NUL", type="value_error")])
+            raise JobRequestError([Mistake(loc=loc, msg="text must not contain NUL")])

@@ -21,7 +21,7 @@ from tinker_jobs.requests import (
 )
 from tinker_jobs.rl import advantages as rl_advantages
 
-_RECIPE = ("body", "config", "reward_recipe")
+_RECIPE = "reward_recipe"
 _Config = TinkerRLJobConfig | RayGRPOJobConfig
 
 
@@ -41,12 +41,13 @@ def recipe_mistakes(
     found = known.get(recipe.name)
     if found is None:
         names = ", ".join(sorted([*known, *(ENVIRONMENT_RECIPES if plugins.environments() else ())]))
-        yield _mistake((*_RECIPE, "name"), f"Unknown reward recipe: {recipe.name[:200]}; known recipes: {names}")
+        message = f"Unknown reward recipe: {recipe.name[:200]}; known recipes: {names}"
+        yield Mistake.in_config(message, _RECIPE, "name")
         return
     split = grpo_advantages.split_baseline if is_grpo else rl_advantages.split_baseline
     yield from _try(lambda: found.check_params(split(recipe.params)[1]), "params")
     if found.needs_task and config.task_ref is None:
-        yield _mistake(("body", "config", "task_ref"), f"{recipe.name} requires task_ref")
+        yield Mistake.in_config(f"{recipe.name} requires task_ref", "task_ref")
 
 
 def _environment_mistakes(
@@ -58,10 +59,10 @@ def _environment_mistakes(
             f"{recipe.name} needs an environment to do tasks in, and no plugin of this server provides one; "
             "install a plugin that implements tinker_register_environment"
         )
-        yield _mistake((*_RECIPE, "name"), message)
+        yield Mistake.in_config(message, _RECIPE, "name")
     for field in ("task_ref", "prompt_dataset_ref"):
         if getattr(config, field) is None:
-            yield _mistake(("body", "config", field), f"{recipe.name} requires {field}")
+            yield Mistake.in_config(f"{recipe.name} requires {field}", field)
     if providers and task is not None:
         content: Mapping[str, Any] = task.content
         yield from _try(
@@ -76,20 +77,13 @@ def turn_mistakes(config: TinkerRLJobConfig) -> Iterator[Mistake]:
     if config.world_manifest_id is not None:
         return
     is_agent = config.reward_recipe is not None and config.reward_recipe.name == AGENT
-    if (config.max_turns or 1) > 1 and not is_agent:
-        message = f"max_turns above 1 requires world_manifest_id or the reward recipe {AGENT}"
-        yield _mistake(("body", "config", "max_turns"), message)
-    if (config.max_episode_steps or 1) > 1 and not is_agent:
-        message = f"max_episode_steps above 1 requires world_manifest_id or the reward recipe {AGENT}"
-        yield _mistake(("body", "config", "max_episode_steps"), message)
+    for name in ("max_turns", "max_episode_steps"):
+        if (getattr(config, name) or 1) > 1 and not is_agent:
+            yield Mistake.in_config(f"{name} above 1 requires world_manifest_id or the reward recipe {AGENT}", name)
 
 
 def _try(check: Callable[[], None], *loc: str) -> Iterator[Mistake]:
     try:
         check()
     except RewardError as error:
-        yield _mistake((*_RECIPE, *loc), str(error))
-
-
-def _mistake(loc: tuple[str, ...], message: str) -> Mistake:
-    return Mistake(loc=loc, msg=message, type="value_error")
+        yield Mistake.in_config(str(error), _RECIPE, *loc)

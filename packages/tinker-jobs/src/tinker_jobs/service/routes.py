@@ -146,8 +146,7 @@ class JobRoutes:
         try:
             record = await self._jobs().apply_progress(_job_id(request), caller.owner, update.event())
         except InvalidRequestError as error:
-            mistake = Mistake(loc=("body", "metrics"), msg=str(error), type="value_error")
-            raise JobRequestError([mistake]) from error
+            raise JobRequestError([Mistake.in_body(str(error), "metrics")]) from error
         return self._answer(record)
 
     # --- around jobs --------------------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ from typing import Any
 import attrs
 
 from tinker_core.engine.clock import Clock
-from tinker_core.errors import AuthenticationError, InvalidRequestError
+from tinker_core.errors import AuthenticationError, InvalidRequestError, StorageError
 from tinker_core.extensions import IssuedKey
 from tinker_core.types import BaseModelSpec
 from tinker_jobs.protocol import EventType, JobEvent, JobSpec, decode_event
 from tinker_jobs.records import JobStatus
-from tinker_jobs.service.active import ActiveJob
+from tinker_jobs.service.active import STORAGE_RETRY_SECONDS, ActiveJob
 from tinker_jobs.service.keys import NO_KEY, RunKeys
 from tinker_jobs.service.processes import JobProcess, MalformedOutputError, hold_directory
 
@@ -62,7 +62,13 @@ class JobRunner:
             losses = 0
             while not job.record.status.is_final:
                 before = job.record.resume
-                lost = await self._attempt(reason)
+                try:
+                    lost = await self._attempt(reason)
+                except StorageError as error:
+                    log.warning("job %s cannot be started now: %s", job.record.job_id, error)
+                    clock = self._settings.clock
+                    await clock.wait(job.ended, clock.monotonic() + STORAGE_RETRY_SECONDS)
+                    continue
                 if lost is None or job.record.status.is_final:
                     continue
                 losses = losses + 1 if job.record.resume == before else 1

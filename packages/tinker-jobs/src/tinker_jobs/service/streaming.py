@@ -68,5 +68,5 @@ def last_event(headers: Any, after: int) -> int:  # noqa: ANN401 - Starlette's H
         return after
     if not (text.isascii() and text.isdigit() and len(text) < 19):
         message = "Last-Event-ID must be the id of an event of this stream"
-        raise JobRequestError([Mistake(loc=("header", _LAST_EVENT), msg=message, type="value_error")])
+        raise JobRequestError([Mistake(loc=("header", _LAST_EVENT), msg=message)])
     return int(text)

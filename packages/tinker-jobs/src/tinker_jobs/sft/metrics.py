@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,7 +60,11 @@ def series(reports: Sequence[StepReport]) -> dict[str, Any]:
 
 def reports_of(metrics: Mapping[str, Any], last_step: int) -> list[StepReport]:
     """Steps up to ``last_step`` out of what a job had reported: the inverse of `series`."""
-    fields = {field: metrics.get(name, []) for name, field in _SERIES.items()}
+    # JSON has no NaN, which a loss may be: it comes back as nothing.
+    fields = {
+        field: [math.nan if value is None else value for value in metrics.get(name, [])]
+        for name, field in _SERIES.items()
+    }
     columns = zip(*fields.values(), strict=True)
     reports = (StepReport(**dict(zip(fields, column, strict=True))) for column in columns)
     return [report for report in reports if report.step <= last_step]

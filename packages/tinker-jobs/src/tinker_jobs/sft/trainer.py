@@ -63,9 +63,7 @@ def run_sft(run: JobRun) -> None:
 
 def _max_length(run: JobRun, config: TinkerSFTJobConfig) -> int:
     """Tokens of a sequence: as asked for, or as many as the model takes."""
-    wanted = config.max_sequence_length or DEFAULT_MAX_SEQUENCE_LENGTH
-    models = run.rest.get_server_capabilities().result().supported_models
-    context = next((one.max_context_length for one in models if one.model_name == run.spec.base_model), None)
+    wanted, context = config.max_sequence_length or DEFAULT_MAX_SEQUENCE_LENGTH, run.context_length
     if context is None or wanted <= context:
         return wanted
     level = "info" if config.max_sequence_length is None else "warning"
@@ -143,14 +141,7 @@ class _Training:
 
     def finish(self, evaluation: Mapping[str, Any]) -> None:
         """Report the end with all metrics and artifacts."""
-        refs, total = self.run.refs, self.schedule.total_steps
-        artifacts: dict[str, Any] = {"capability": str(refs.capability), "checkpoints": list(self.run.checkpoints)}
-        if refs.dataset is not None:
-            artifacts["dataset"] = str(refs.dataset)
-        if refs.trajectory_datasets:
-            artifacts["trajectory_datasets"] = [str(dataset) for dataset in refs.trajectory_datasets]
-        if refs.eval_dataset is not None:
-            artifacts["eval_dataset"] = str(refs.eval_dataset)
+        total = self.schedule.total_steps
         metrics = {
             "train/num_examples": len(self.examples),
             "train/gradient_accumulation_steps": self.schedule.accumulation,
@@ -164,7 +155,7 @@ class _Training:
             EventType.TRAINING_END,
             f"complete after {total} steps: loss {loss:.4f}",
             metrics=metrics,
-            artifacts=artifacts,
+            artifacts={**self.run.refs.artifacts(), "checkpoints": list(self.run.checkpoints)},
         )
 
     def _submit(self, step: int) -> None:

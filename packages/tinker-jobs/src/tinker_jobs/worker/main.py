@@ -8,8 +8,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from io import FileIO
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import tinker
@@ -22,18 +21,16 @@ from tinker_jobs.worker.run import JobRun
 
 SERVER_GONE = 3
 """Exit status of a process whose server has ended."""
-
-
 _PR_SET_PDEATHSIG = 1
+_CHUNK_BYTES = 1024 * 1024
 
 
 def main() -> int:
     """Run the job that standard input describes; 0 when its end was reported."""
     _die_with_server()
     events = _take_standard_output()
-    # Without a buffer, whose lock the thread below would hold when the interpreter ends.
-    commands = open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)  # noqa: SIM115 - for the process's life
-    spec = decode_spec(commands.readline())
+    commands = _read_lines(sys.stdin.fileno())
+    spec = decode_spec(next(commands, b""))
     cancelled = threading.Event()
     threading.Thread(target=_listen, args=(commands, cancelled), daemon=True).start()
     lock = threading.Lock()
@@ -60,7 +57,22 @@ def _take_standard_output() -> BinaryIO:
     return events
 
 
-def _listen(commands: FileIO, cancelled: threading.Event) -> None:
+def _read_lines(descriptor: int) -> Iterator[bytes]:
+    """Lines as they come.
+
+    Not through a file: of one with a buffer, the thread that listens would hold the lock when the interpreter ends, and
+    one without reads a byte at a time.
+    """
+    line = bytearray()
+    while chunk := os.read(descriptor, _CHUNK_BYTES):
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            yield bytes(line + end + b"\n")
+            line.clear()
+        line += rest
+
+
+def _listen(commands: Iterator[bytes], cancelled: threading.Event) -> None:
     for line in commands:
         if line == CANCEL:
             cancelled.set()

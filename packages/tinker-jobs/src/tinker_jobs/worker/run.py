@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -11,13 +12,19 @@ import tinker
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tinker_jobs.errors import CancelledJobError, JobFailedError
-from tinker_jobs.protocol import EventType, JobEvent, JobSpec, ResumePoint
-from tinker_jobs.requests import CreateJobRequest, parse
+from tinker_jobs.protocol import FILES, EventType, JobEvent, JobSpec, ResumePoint
+from tinker_jobs.requests import CHECKPOINT_SCHEME, CreateJobRequest, parse
 
-CHECKPOINT_PATH = "tinker://"
 ALPHA_KEY = "tinker_server.lora_alpha"
 """Of a model's user metadata: what divided by the rank scales its adapter."""
 DEFAULT_RANK = 16
+
+
+def checkpoint_name(step: int, interval: int | None, num_steps: int) -> str | None:
+    """``checkpoint-{k}-step{n}`` every ``interval`` steps; None after others and after the last, saved as ``final``."""
+    if interval is None or step % interval or step >= num_steps:
+        return None
+    return f"checkpoint-{step // interval}-step{step}"
 
 
 class JobRun:
@@ -59,6 +66,12 @@ class JobRun:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.spec.model_path)
         return tokenizer
 
+    @cached_property
+    def context_length(self) -> int | None:
+        """Tokens that the server lets a sequence of the base model have; None when it does not say."""
+        models = self.rest.get_server_capabilities().result().supported_models
+        return next((one.max_context_length for one in models if one.model_name == self.spec.base_model), None)
+
     @property
     def checkpoints(self) -> tuple[str, ...]:
         """Paths of the weights saved so far, by this process and those before it."""
@@ -81,7 +94,7 @@ class JobRun:
         """
         from tinker_jobs.plots import FORMATS, curve_of, draw
 
-        curve, files = curve_of(metrics), self.spec.directory / "files"
+        curve, files = curve_of(metrics), self.spec.directory / FILES
         if curve is None:
             return {}
         names = [f"{curve}.{ending}" for ending in FORMATS]
@@ -119,7 +132,7 @@ class JobRun:
             return self.service.create_training_client_from_state_with_optimizer(
                 self.spec.resume.state_path, user_metadata={"tinker_jobs.job_id": self.spec.job_id}
             ).result()
-        if self.request.model.startswith(CHECKPOINT_PATH):
+        if self.request.model.startswith(CHECKPOINT_SCHEME):
             client = self.service.create_training_client_from_state(self.request.model, user_metadata=metadata).result()
             has = client.get_info().lora_rank
             if rank is not None and has != rank:
@@ -137,7 +150,7 @@ class JobRun:
         The state before the last is deleted: they are three times as large as the weights, and the last but one is
         there until it is certain that the server has noted the last. Two names for one step share a state.
         """
-        weights = client.save_weights_for_sampler(f"{name}").result().path
+        weights = client.save_weights_for_sampler(name).result().path
         if self._last_saved_step != step:
             self._states.append(client.save_state(f"resume-{name}", overwrite=True).result().path)
         state, self._last_saved_step = self._states[-1], step
@@ -155,4 +168,5 @@ class JobRun:
 
     def _keep_states(self, count: int) -> None:
         while len(self._states) > count:
-            self.rest.delete_checkpoint_from_tinker_path(self._states.pop(0)).result()
+            with contextlib.suppress(tinker.NotFoundError):  # its owner has deleted it already
+                self.rest.delete_checkpoint_from_tinker_path(self._states.pop(0)).result()

@@ -22,19 +22,16 @@ def world_mistakes(config: TinkerRLJobConfig) -> list[Mistake]:
     found = []
     if config.world_manifest_id is None:
         given = (name for name in _ONLY_WITH_A_WORLD if getattr(config, name) is not None)
-        found += [_mistake(name, f"world_manifest_id is required when {name} is provided") for name in given]
+        found += [Mistake.in_config(f"world_manifest_id is required when {name} is provided", name) for name in given]
     else:
         given = (name for name in _NOT_WITH_A_WORLD if getattr(config, name))
         found += [
-            _mistake(name, f"{name} has no use in a live world: leave it or world_manifest_id out") for name in given
+            Mistake.in_config(f"{name} has no use in a live world: leave it or world_manifest_id out", name)
+            for name in given
         ]
     if config.world_reward is not None:
         try:
             check_world_reward(config.world_reward)
         except RewardError as error:
-            found.append(_mistake("world_reward", str(error)))
+            found.append(Mistake.in_config(str(error), "world_reward"))
     return found
-
-
-def _mistake(field: str, message: str) -> Mistake:
-    return Mistake(loc=("body", "config", field), msg=message, type="value_error")

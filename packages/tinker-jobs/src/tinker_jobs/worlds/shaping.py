@@ -5,7 +5,6 @@ Free of torch and the SDK: the server checks policies with it.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 import attrs
 
 from tinker_core.rewards import RewardError
+from tinker_jobs.parameters import read_number
 
 
 class EpisodeState(StrEnum):
@@ -183,7 +183,7 @@ def build_reward_policy(policy: NamedPolicy | None) -> RewardPolicy:
     _refuse_unknown(params, (*weights, *terminal), f"params of {name}")
     return RewardPolicy(
         turn_values=tuple(
-            (component, _number(params, weight, TURN_COMPONENTS[component].default))
+            (component, read_number(params, weight, TURN_COMPONENTS[component].default))
             for weight, component in weights.items()
         ),
         terminal_values=(_terminal({terminal[key]: value for key, value in params.items() if key in terminal}),),
@@ -221,24 +221,17 @@ def _compose(components: object, common: Mapping[str, Any]) -> RewardPolicy:
             terminal.append(_terminal(params))
         elif name in TURN_COMPONENTS:
             _refuse_unknown(params, ("value",), f"params of {name}")
-            turns.append((name, _number(params, "value", TURN_COMPONENTS[name].default)))
+            turns.append((name, read_number(params, "value", TURN_COMPONENTS[name].default)))
         else:
             raise RewardError(f"unknown component {name!r}; choose among {', '.join(COMPONENTS)}")
     return RewardPolicy(turn_values=tuple(turns), terminal_values=tuple(terminal), **common)
 
 
 def _terminal(params: Mapping[str, object]) -> Mapping[EpisodeState, float]:
-    return {state: _number(params, key, default) for key, (state, default) in _TERMINAL.items()}
+    return {state: read_number(params, key, default) for key, (state, default) in _TERMINAL.items()}
 
 
 def _refuse_unknown(given: Mapping[str, object], known: Sequence[str], what: str) -> None:
     unknown = [name for name in given if name not in known]
     if unknown:
         raise RewardError(f"{what}: unknown {', '.join(map(repr, unknown))}; known are {', '.join(known) or 'none'}")
-
-
-def _number(params: Mapping[str, object], name: str, default: float) -> float:
-    value = params.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RewardError(f"{name} must be a number, got {value!r}")
-    return float(value)

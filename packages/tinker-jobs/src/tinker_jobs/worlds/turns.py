@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from tinker_jobs.errors import JobFailedError
 from tinker_jobs.rendering import render_prompt
-from tinker_jobs.rl.prompt_rows import context_length
 from tinker_jobs.rl.rollouts import Policy, Turn
 from tinker_jobs.rl.settings import RLSettings
 from tinker_jobs.rows import Message
@@ -51,14 +50,12 @@ class Replies:
     @classmethod
     def of_job(cls, run: JobRun, settings: RLSettings) -> Replies:
         """As a request says."""
-        # A request's own stop texts take the place of the model's end, which ends a reply all the same.
-        end = run.tokenizer.eos_token
         return cls(
             tokenizer=run.tokenizer,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
-            stop=(*settings.stop, end) if settings.stop and end else settings.stop,
-            max_context=context_length(run.rest, run.spec.base_model),
+            stop=settings.stop_texts(run.tokenizer.eos_token),
+            max_context=run.context_length,
         )
 
     async def draw(
