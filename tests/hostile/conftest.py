@@ -65,7 +65,7 @@ class Target:
 PROBE_LOSS = 29.986290
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # its workers are children of this process, which other tests count
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hosted, Path]]:
     """The app of all tests here, and the directory that holds its data directory and the canary."""
     root = tmp_path_factory.mktemp("hostile")

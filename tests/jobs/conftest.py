@@ -23,7 +23,7 @@ class JobServer:
     data_dir: Path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # its workers are children of this process, which other tests count
 def jobs_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobsApi]:
     """A server with fake models on which jobs stay queued."""
     with serve_jobs(tmp_path_factory.mktemp("jobs-api")) as api:

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests.jobs.hosting import JOBS, SCOPE, JobsApi, body, ref, serve_jobs
 from tinker_core.engine.clock import SystemClock
 from tinker_core.errors import ConfigurationError
 from tinker_jobs.records import JobRecord, LogRecord
+from tinker_jobs.service.catalog import read_architecture
 from tinker_jobs.service.streaming import KEEP_ALIVE, Following
 from tinker_jobs.service.tenancy import Tenancy
 
@@ -453,6 +456,19 @@ def test_the_catalog_tells_what_can_be_trained_and_how(api: JobsApi) -> None:
     assert (len(limited["models"]), limited["total"]) == (1, 4)
 
 
+def test_the_catalog_sees_a_model_whose_files_come_while_the_server_runs(tmp_path: Path) -> None:
+    def described() -> tuple[str, float]:
+        found = read_architecture(str(tmp_path))
+        return found.family, found.size_b
+
+    assert described() == ("unknown", 0)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors").write_bytes(b"half")
+    assert described() == ("unknown", 0)
+    save_file({"w": np.zeros((1000, 2000), dtype=np.float32)}, tmp_path / "model.safetensors")
+    assert described() == ("llama", 0.002)
+
+
 @pytest.mark.parametrize(
     "query", [{"limit": 0}, {"limit": 101}, {"algorithm": "grpo"}, {"min_size_b": "nan"}, {"size": 1}], ids=str
 )
@@ -462,7 +478,7 @@ def test_the_catalog_refuses_what_it_does_not_know(api: JobsApi, query: dict[str
     assert refused.json()["detail"][0]["loc"] == ["query", *query]
 
 
-@pytest.mark.parametrize("job_id", ["nope", str(uuid.uuid4()), "%00", "x" * 300, "%F0%9F%98%80"])
+@pytest.mark.parametrize("job_id", ["nope", "00000000-0000-4000-8000-000000000000", "%00", "x" * 300, "%F0%9F%98%80"])
 def test_a_job_that_does_not_exist_is_not_found(api: JobsApi, job_id: str) -> None:
     for method, rest in (("GET", ""), ("POST", "/cancel"), ("POST", "/retry"), ("GET", "/logs"), ("GET", "/files/x")):
         answer = api.http.request(method, f"{JOBS}/{job_id}{rest}")

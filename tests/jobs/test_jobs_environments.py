@@ -156,9 +156,9 @@ def test_attempts_at_one_row_are_compared_with_each_other_and_rows_are_taken_in_
 
     others = iter([True, False])
     play = start(VERIFIER, script, rows=rows, num_rollouts=4, batch_size=2)
-    rollouts = play.step()
-    assert [rollout.reward for rollout in rollouts] == [1.0, 1.0, 1.0, 0.0]
-    assert [rollout.turns[0].advantage for rollout in rollouts] == [0.0, 0.0, 0.5, -0.5]
+    found = [(rollout.reward, rollout.turns[0].advantage) for rollout in play.step()]
+    assert found[:2] == [(1.0, 0.0), (1.0, 0.0)]
+    assert sorted(found[2:]) == [(0.0, -0.5), (1.0, 0.5)]
     assert play.source.steps_per_pass == 2
     others = iter([False, False])
     play.step(2)
@@ -205,6 +205,23 @@ def test_an_attempt_that_outlives_its_environment_has_not_passed(start: Start, o
     (rollout,) = play.step()
     assert (rollout.reward, rollout.metrics["env/error"], len(rollout.turns)) == (0.0, 0.0, 1)
     assert opened[0].num_closed == 1
+
+
+@pytest.mark.slow
+def test_a_verdict_stands_however_long_the_environment_takes_to_close(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged, close = threading.Event(), Folder.close
+
+    def close_late(folder: Folder) -> None:
+        judged.wait(60)
+        close(folder)
+
+    monkeypatch.setattr(Folder, "close", close_late)
+    play = start(VERIFIER, in_turn("echo open > flag.txt"), params={"env_timeout_sec": 10})
+    (rollout,) = play.step()
+    judged.set()
+    assert (rollout.reward, rollout.metrics["reward/passed"], rollout.metrics["env/error"]) == (1.0, 1.0, 0.0)
 
 
 # --- verification -----------------------------------------------------------------------------------------------------

@@ -17,13 +17,15 @@ from tinker_core.executors.local import raise_error
 from tinker_core.types import RequestError
 from tinker_sampler_vllm.engine.environment import engine_environment
 from tinker_sampler_vllm.engine.incoming import incoming_directory
-from tinker_sampler_vllm.links.link import SocketLink
+from tinker_sampler_vllm.links.link import HealthChecks, SocketLink
 from tinker_sampler_vllm.process_group import end_group
 from tinker_sampler_vllm.protocol import READY, ClaimCall, EngineSettings
 
 log = logging.getLogger(__name__)
 
 _STOP_SECONDS = 20.0
+_CHECKS = HealthChecks(silence=120.0)
+"""Patient: the end of a child is noticed at once, and a silent one may only have been given no time to run."""
 READY_FD_VARIABLE = "TINKER_READY_FD"
 _STANDARD_ERROR = 2
 """Where vLLM's log goes, which it would write to standard output."""
@@ -127,7 +129,7 @@ class LocalLink(SocketLink):
         socket = directory / f"{uuid.uuid4().hex[:12]}.sock"
         address = f"ipc://{socket}"
         process = await EngineProcess.start(settings, address, visible_devices=visible_devices)
-        link = cls(name)
+        link = cls(name, _CHECKS)
         link._process = process
         link._watching = asyncio.create_task(link._watch())
         try:
