@@ -19,9 +19,10 @@ from safetensors.numpy import save_file
 
 from tests.jobs.hosting import JOBS, SCOPE, JobsApi, body, ref, serve_jobs
 from tinker_core.engine.clock import SystemClock
-from tinker_core.errors import ConfigurationError
+from tinker_core.errors import ConfigurationError, StorageError
 from tinker_jobs.records import JobRecord, LogRecord
 from tinker_jobs.service.catalog import read_architecture
+from tinker_jobs.service.store import JobStore
 from tinker_jobs.service.streaming import KEEP_ALIVE, Following
 from tinker_jobs.service.tenancy import Tenancy
 
@@ -127,6 +128,23 @@ def test_a_report_that_makes_no_sense_is_refused(api: JobsApi, report: dict[str,
     refused = api.http.post(f"{JOBS}/{api.new()['id']}/progress", json=report)
     assert refused.status_code == 422, refused.text
     assert refused.json()["detail"][0]["loc"] == ["body", place]
+
+
+def test_a_report_that_could_not_be_kept_counts_once_when_it_is_sent_again(
+    api: JobsApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = JobStore.append
+
+    async def fail(*_: object) -> None:
+        monkeypatch.setattr(JobStore, "append", append)
+        raise StorageError("no connection")
+
+    job_id = api.new()["id"]
+    api.report(job_id, "training_start")
+    monkeypatch.setattr(JobStore, "append", fail)
+    answers = [api.report(job_id, "step_complete", metrics={"x": [1.0]}) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [500, 200]
+    assert api.get(job_id).json()["metrics"] == {"x": [1.0]}
 
 
 def test_a_queued_job_is_cancelled_at_once_and_can_be_retried(api: JobsApi) -> None:

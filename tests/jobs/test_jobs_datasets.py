@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinker_jobs.errors import JobFailedError
-from tinker_jobs.library.datasets import read_conversations, read_prompts, read_rows
+from tinker_jobs.library.datasets import NO_CONVERSATIONS, read_conversations, read_prompts, read_rows
 from tinker_jobs.library.jsonl import MAX_LINE_BYTES
 from tinker_jobs.refs import FrozenDataset, FrozenFile
 
@@ -107,9 +107,13 @@ def test_integers_of_any_length_keep_all_their_digits(tmp_path):
     assert row == {"answer": 123456789012345678901234567890, "half": 0.5}
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", None])
 def test_a_dataset_without_rows_ends_the_job(tmp_path, content):
-    assert failure(jsonl(tmp_path, content)) == "dataset sums@1.0.0, train.jsonl: it has no rows"
+    empty = parquet(tmp_path, pa.table({"x": []})) if content is None else jsonl(tmp_path, content)
+    with pytest.raises(JobFailedError) as error:
+        list(read_conversations(empty))
+    name = Path(empty.splits["train"].path).name
+    assert str(error.value) == f"{NO_CONVERSATIONS} dataset sums@1.0.0, {name}: it has no rows"
 
 
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path):
@@ -197,7 +201,6 @@ def test_rows_of_parquet_are_numbered_over_all_row_groups(tmp_path):
         ([0.5] * 16 + [float("inf")], "row 17: inf has no form in JSON; leave its column out"),
         ([b"raw"], "row 1: b'raw' has no form in JSON; leave its column out"),
         ([[{"x": b"raw"}]], "row 1: b'raw' has no form in JSON; leave its column out"),
-        ([], "it has no rows"),
     ],
 )
 def test_a_parquet_row_without_a_form_in_json_ends_the_job_with_its_number(tmp_path, values, says):

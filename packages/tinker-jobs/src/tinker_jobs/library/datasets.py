@@ -32,14 +32,15 @@ Made = TypeVar("Made")
 def read_rows(dataset: FrozenDataset, split: str | None = None) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Row numbers from 1 and rows; the rows of JSONL are its lines. Memory does not grow with the dataset.
 
-    Raises `JobFailedError` that names dataset, file and row for what cannot be read, for a file that has changed
-    since the job was submitted, and for one without rows.
+    Raises `JobFailedError` that names dataset, file and row for what cannot be read, and for a file that has changed
+    since the job was submitted.
     """
-    number = 0
-    for number, row in _rows(dataset, split):
-        yield number, row
-    if number == 0:
-        raise JobFailedError(f"{_where(dataset, split)}: it has no rows")
+    where = _where(dataset, split)
+    with _open(_file(dataset, split), where) as stream:
+        try:
+            yield from read_stream(stream)
+        except UnreadableRowError as error:
+            raise JobFailedError(f"{where}: {error}") from error
 
 
 def read_conversations(
@@ -69,7 +70,7 @@ def _read(
 ) -> Iterator[tuple[int, Made | None]]:
     where, keys = _where(dataset, split), dict[str, None]()
     is_used, number = False, 0
-    for number, row in _rows(dataset, split):
+    for number, row in read_rows(dataset, split):
         try:
             made = make(row)
         except BadRowError as error:
@@ -82,15 +83,6 @@ def _read(
         has = ", ".join(list(keys)[:_MAX_KEYS]) or "no keys"
         why = "it has no rows" if number == 0 else f"rows must have {forms}; these have {has}"
         raise JobFailedError(f"{nothing} {where}: {why}")
-
-
-def _rows(dataset: FrozenDataset, split: str | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    where = _where(dataset, split)
-    with _open(_file(dataset, split), where) as stream:
-        try:
-            yield from read_stream(stream)
-        except UnreadableRowError as error:
-            raise JobFailedError(f"{where}: {error}") from error
 
 
 def _file(dataset: FrozenDataset, split: str | None) -> FrozenFile:

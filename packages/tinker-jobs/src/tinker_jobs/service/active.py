@@ -65,19 +65,22 @@ class ActiveJob:
         """
         async with self._changes:
             record, now = self.record, self._keeping.clock.now()
+            # What cannot be kept is sent again, and must not be counted twice.
+            metrics = self._metrics if patient else self._metrics.copy()
             lines: list[NewLine] = []
             refused: InvalidRequestError | None = None
             for event in events:
                 if record.status.is_final:
                     break
                 try:
-                    record = apply_event(record, event, self._metrics, now)
+                    record = apply_event(record, event, metrics, now)
                 except InvalidRequestError as error:
                     refused = error
                     break
                 lines.append(self._line_of(event))
             if lines:
                 await self._commit(record, lines, patient=patient)
+                self._metrics = metrics
             if refused is not None:
                 raise refused
 

@@ -181,7 +181,7 @@ class Jobs:
         """
         record = await self.get(job_id, owner)
         self._require_here(record, "cancel it")
-        job = self._active.get(job_id) or ActiveJob(record, self._keeping)
+        job = await self._job_of(record)
         await job.cancel()
         return job.view()
 
@@ -215,11 +215,19 @@ class Jobs:
         if record.status.is_final:
             return record
         self._require_here(record, "report its progress")
-        job = self._active[job_id]
+        job = await self._job_of(record)
         await job.report([event], patient=False)
         return job.view()
 
     # --- running ------------------------------------------------------------------------------------------------------
+
+    async def _job_of(self, record: JobRecord) -> ActiveJob:
+        """Where a job of this server changes."""
+        job = self._active.get(record.job_id)
+        if job is None and not record.status.is_final:
+            async with self._retrying:  # its row is queued again, and it is about to be active
+                job = self._active.get(record.job_id)
+        return job or ActiveJob(record, self._keeping)
 
     def _activate(self, job: ActiveJob) -> ActiveJob:
         self._active[job.record.job_id] = job

@@ -39,6 +39,13 @@ class Metrics:
         """All of it, as it is now."""
         return {name: list(value) if isinstance(value, list) else value for name, value in self._values.items()}
 
+    def copy(self) -> Metrics:
+        """The same, to be added to alone."""
+        copied = Metrics()
+        copied._values = self.snapshot()
+        copied._series = {axis: set(names) for axis, names in self._series.items()}
+        return copied
+
     def merge(self, reported: Mapping[str, Any], *, whole: bool = False) -> None:
         """Add what an event reports; lists without an axis take the place of what was there if they are ``whole``.
 
