@@ -22,7 +22,7 @@ from tinker_core.types import (
 
 HOLD = 63
 """Samples whose prompt begins with this token wait to be released; all others end at once."""
-PATIENCE = 30.0
+PATIENCE = 120.0
 """Seconds after which a test gives up waiting."""
 
 

@@ -11,7 +11,7 @@ import attrs
 from tests.chaos.command import Command
 from tests.chaos.plan import KillPoint
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds to wait for a process that is to be killed and is not there yet."""
 
 

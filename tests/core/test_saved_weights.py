@@ -66,7 +66,7 @@ def files_below(data_dir: Path) -> list[Path]:
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     """Let the engine's own tasks run until something has happened."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while not await condition():
             await asyncio.to_thread(lambda: None)
 

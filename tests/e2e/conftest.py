@@ -65,7 +65,7 @@ def run_server(*flags: str) -> Iterator[str]:
         yield url
     finally:
         process.terminate()
-        code = process.wait(timeout=60)
+        code = process.wait(timeout=120)
         process.stderr.close()
     assert code == 0, f"the server ended with {code}"
 

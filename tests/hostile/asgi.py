@@ -188,7 +188,7 @@ def host(app: Starlette) -> Iterator[Hosted]:
             task.result(60)
         finally:
             loop.call_soon_threadsafe(loop.stop)
-            thread.join(30)
+            thread.join(120)
             loop.close()
 
 

@@ -38,7 +38,7 @@ def test_many_large_bodies_leave_the_loop_free(target: Target, monkeypatch: pyte
         if self.is_large:
             threads.add(threading.get_ident())
             begun.release()
-            assert go_on.wait(20)
+            assert go_on.wait(120)
         return original(self)
 
     monkeypatch.setattr(Body, "json_object", slow)
@@ -51,7 +51,7 @@ def test_many_large_bodies_leave_the_loop_free(target: Target, monkeypatch: pyte
     )
     waiting = [target.hosted.start(call) for _ in range(20)]
     for _ in range(2):
-        assert begun.acquire(timeout=20)
+        assert begun.acquire(timeout=120)
     assert target.hosted.get("healthz").status == 200
     assert target.hosted.post("create_session", {}).status == 200
     assert not begun.acquire(blocking=False)

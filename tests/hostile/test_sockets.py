@@ -56,7 +56,7 @@ def address() -> Iterator[tuple[str, int]]:
 
 @contextmanager
 def connected(address: tuple[str, int], data: bytes = b"") -> Iterator[socket.socket]:
-    with socket.create_connection(address, timeout=20) as raw:
+    with socket.create_connection(address, timeout=120) as raw:
         raw.sendall(data)
         yield raw
 
@@ -220,7 +220,7 @@ def test_too_many_connections_are_ended_at_once(address: tuple[str, int]) -> Non
     kept = []
     try:
         for _ in range(LIMITS.max_connections):
-            raw = socket.create_connection(address, timeout=20)
+            raw = socket.create_connection(address, timeout=120)
             kept.append(raw)
             raw.sendall(b"GET /ignore HTTP/1.1\r\nhost: x\r\n\r\n")
             assert read_until(raw, b"ignored").startswith(b"HTTP/1.1 418")
@@ -276,7 +276,7 @@ def test_a_body_that_breaks_off_hurts_nobody(listening: tuple[str, int], target:
 
 
 def test_every_route_answers_nonsense_over_sockets(listening: tuple[str, int], target: Target) -> None:
-    with httpx.Client(base_url=f"http://{listening[0]}:{listening[1]}", timeout=30) as http:
+    with httpx.Client(base_url=f"http://{listening[0]}:{listening[1]}", timeout=120) as http:
         for endpoint in endpoints(target.hosted.app):
             path = endpoint.path.replace(":path}", "}").replace("{", "").replace("}", "")
             for method in endpoint.methods:

@@ -306,7 +306,7 @@ def test_a_terminal_gets_a_bar_below_the_log(followed: tuple[str, str], monkeypa
         patch.setattr("sys.stdout", terminal)
         patch.setattr("sys.stderr", terminal)
         assert main(["jobs", "logs", job_id, "--follow"]) == 0
-    reader.join(timeout=30)
+    reader.join(timeout=120)
     os.close(master)
     screen = seen.decode()
     assert re.search(r"2/2 .*loss=\d", screen)

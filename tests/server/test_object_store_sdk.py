@@ -31,7 +31,7 @@ def api(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 def download(url: str) -> bytes:
-    with urllib.request.urlopen(url, timeout=30) as response:
+    with urllib.request.urlopen(url, timeout=120) as response:
         content: bytes = response.read()
         assert int(response.headers["content-length"]) == len(content)
     return content

@@ -18,7 +18,7 @@ LIMITS = Limits(body_limit=1000, control_body_limit=100, body_timeout=0.2, body_
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(work, 30))
+    return asyncio.run(asyncio.wait_for(work, 120))
 
 
 def request(parts: AsyncIterator[bytes], *headers: tuple[bytes, bytes]) -> Request:

@@ -42,7 +42,7 @@ def paths_of(rest: tinker.RestClient, model: tinker.TrainingClient) -> dict[str,
 
 
 def get(url: str, **headers: str) -> Any:
-    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=120)
 
 
 def refused(url: str) -> int:

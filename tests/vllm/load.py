@@ -15,7 +15,7 @@ from tinker_sampler_vllm.sampler import VllmSampler
 
 ENGINE = "tinker_sampler_vllm.engine"
 NUM_SAMPLES = 12
-PATIENCE = 30.0
+PATIENCE = 120.0
 """Seconds after which a test gives up waiting for a process to end."""
 KINDS = ("engine", "VLLM::EngineCore", "VLLM::Worker")
 

@@ -86,7 +86,7 @@ class LoneSampler:
 
     def is_waiting(self, request_id: str) -> bool:
         """Whether a sample has not begun."""
-        return self.run(self.sampler.is_waiting(request_id)).result(timeout=30)
+        return self.run(self.sampler.is_waiting(request_id)).result(timeout=120)
 
     def sample(self, revision: str | None, prompt: Sequence[int], **fields: Any) -> SampleOutput:
         """One sample from beginning to end."""
@@ -142,7 +142,7 @@ def lone_sampler(
                 alone.run(alone.sampler.close()).result(timeout=60)
         finally:
             loop.call_soon_threadsafe(loop.stop)
-            thread.join(timeout=30)
+            thread.join(timeout=120)
             loop.close()
 
 

@@ -20,7 +20,7 @@ from tests.vllm.conftest import HIDDEN_SIZE
 
 ENGINE = "tinker_sampler_vllm.engine"
 """What the command line of an engine has."""
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds after which a test gives up waiting for a process to end."""
 
 

@@ -47,7 +47,7 @@ _IDS = itertools.count()
 
 def run(work: Coroutine[Any, Any, _T]) -> _T:
     """Run it on a loop of its own, and give up after half a minute."""
-    return asyncio.run(asyncio.wait_for(work, 30))
+    return asyncio.run(asyncio.wait_for(work, 120))
 
 
 def free_address() -> str:
