@@ -67,7 +67,10 @@ def files_below(data_dir: Path) -> list[Path]:
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     """Let the engine's own tasks run until something has happened."""
     async with asyncio.timeout(120):
-        while not await condition():
+        while True:
+            with contextlib.suppress(FileNotFoundError):  # what is counted is being removed
+                if await condition():
+                    return
             await asyncio.to_thread(lambda: None)
 
 
