@@ -18,7 +18,7 @@ WHOLE_JOB = "api:test_a_job_says_everything_about_itself"
 RESOLVED = "api:test_a_job_says_what_its_references_were_resolved_to"
 MOVES = "api:test_a_job_moves_as_its_worker_reports"
 LINES = "api:test_a_log_is_read_from_any_line"
-CATALOG = "api:test_the_catalog_tells_what_can_be_trained_and_how"
+CATALOG = "catalog:test_the_catalog_tells_what_can_be_trained_and_how"
 CONTEXT = "api:test_a_worker_learns_what_a_job_is_about"
 CAPTURED = "captures:test_a_captured_request_is_answered_in_the_captured_shape"
 SENSELESS = "api:test_a_report_that_makes_no_sense_is_refused"
@@ -379,25 +379,25 @@ ENDPOINTS: Rows = {
     "GET /api/v1/training/catalog": (
         "`limit` (to 100), `query`, `family`, `algorithm`, `min_size_b`, `max_size_b` → `models`, `total`, `limit`",
         CATALOG,
-        "api:test_the_catalog_refuses_what_it_does_not_know",
+        "catalog:test_the_catalog_refuses_what_it_does_not_know",
     ),
     "GET /api/v1/user": ("the caller", CAPTURED),
     "GET /api/v1/org/{organization}": (
         "the organization",
         CAPTURED,
-        "api:test_other_places_do_not_exist",
+        "catalog:test_other_places_do_not_exist",
     ),
     "GET /api/v1/org/{organization}/ws": (
         "a list of its one workspace",
-        "api:test_clients_find_the_organization_its_workspace_and_projects",
+        "catalog:test_clients_find_the_organization_its_workspace_and_projects",
     ),
     "GET /api/v1/org/{organization}/ws/{workspace}": ("the workspace", CAPTURED),
     "GET /api/v1/org/{organization}/ws/{workspace}/projects": (
         "a list of the default project",
-        "api:test_clients_find_the_organization_its_workspace_and_projects",
+        "catalog:test_clients_find_the_organization_its_workspace_and_projects",
     ),
     "GET /api/v1/org/{organization}/ws/{workspace}/projects/{project}": (
         "a project; every name is one",
-        "api:test_clients_find_the_organization_its_workspace_and_projects",
+        "catalog:test_clients_find_the_organization_its_workspace_and_projects",
     ),
 }
