@@ -16,7 +16,8 @@ from tests.chaos.tree import Tree, kill, tree_of, wait_gone
 from tinker_server.serving import open_socket
 
 ROOT = Path(__file__).parents[2]
-READY = re.compile(r"ready (?:again )?on (\S+)")
+READY = re.compile(r"ready (?:again )?on (http\S+)")
+"""What the command says with its address, of its first server process or of a later one."""
 GONE_SECONDS = 60.0
 """How long the children of a command that died may take to notice."""
 START_SECONDS = 120.0

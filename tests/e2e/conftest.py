@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -18,11 +17,10 @@ import pytest
 import tinker
 from tinker import types
 
+from tests.chaos.command import READY
 from tests.models import write_tiny_model
 
 API_KEY = "tml-local"
-READY = re.compile(r"ready (?:again )?on (http\S+)")
-"""A server process that dies while it starts has a successor."""
 CANNOT_START = "cannot start: "
 """What is said of a base model for which nobody need wait."""
 
